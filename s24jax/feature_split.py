@@ -1,0 +1,50 @@
+"""Which features of a step are dense and which are sparse.
+
+The densest few percent of the features carry most groups with more than two non-zeros. They go
+through a dense product, all the others through the 2:4 product. The choice is made anew in every
+step and layer, by non-zeros per feature; only the sizes are static, so it lives under jit.
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from s24jax.errors import InvalidInput
+from s24jax.typing import Array, Int
+
+
+class FeatureSplit(NamedTuple):
+    """Feature indices: the densest `Fd` (densest first) and the remaining `Fs`."""
+
+    dense: Int[Array, "Fd"]
+    sparse: Int[Array, "Fs"]
+
+
+def dense_feature_count(features: int, *, share: float, multiple: int) -> int:
+    """Number of dense features: `share * features` rounded up to `multiple`.
+
+    Raises:
+      InvalidInput: no sparse feature would remain.
+    """
+    # As a decimal fraction: in floating point 0.05 * 2560 is a little above 128.
+    exact = Fraction(str(share)) * features
+    dense = math.ceil(exact / multiple) * multiple
+    if dense >= features:
+        raise InvalidInput(
+            f"dense_share={share} of F={features} rounded up to dense_multiple={multiple} leaves "
+            "no sparse feature; lower dense_share or dense_multiple"
+        )
+    return dense
+
+
+def split_features(counts: Int[Array, "F"], dense_features: int) -> FeatureSplit:
+    """Splits features by their number of non-zeros; among equals the lowest is dense first.
+
+    Args:
+      counts: non-zeros per feature.
+      dense_features: how many are dense (static).
+    """
+    order = jnp.argsort(-counts, stable=True)
+    return FeatureSplit(order[:dense_features], order[dense_features:])

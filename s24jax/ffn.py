@@ -1,0 +1,152 @@
+"""The 2:4 feed-forward network: one custom_vjp with the paper's equations.
+
+    forward     Y1 = X @ W_up^T            dense
+                Y2 = relu(Y1)^2            pruned 2:4 inside each token
+                Y3 = Y2 @ W_down           2:4
+    backward    dY2 = dY3 @ W_down^T       dense
+                dY1 = 2*relu(Y1) * dY2     under the pruned Y2's mask; relu(Y1) = sqrt(Y2)
+                dX = dY1 @ W_up            2:4, the forward's mask
+                dW_down = Y2^T @ dY3       2:4 in groups of 4 tokens, densest features dense
+                dW_up = dY1^T @ X          2:4, the same mask
+
+X and the compressed Y2 are all that is saved: relu(Y1) is sqrt(Y2), and where the pruned Y2 is zero
+so is dY1. Source: Haziza et al. 2025, arXiv 2503.16672.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from s24jax.activation import relu2, relu2_gradient
+from s24jax.compressed import Compressed24
+from s24jax.errors import InvalidInput
+from s24jax.feature_split import FeatureSplit, split_features
+from s24jax.numerics import dot
+from s24jax.ops.feature_wise24 import SplitOperand, feature_wise24
+from s24jax.ops.matmul24 import matmul24
+from s24jax.ops.sparsify24 import sparsify24
+from s24jax.recipe import Recipe
+from s24jax.typing import Array, Float, Implementation
+
+SAVED_Y2 = "ffn24_y2"
+"""`checkpoint_name` of the saved Y2, for a remat policy that keeps it."""
+
+
+def ffn24(
+    x: Float[Array, "... D"],
+    w_up: Float[Array, "F D"],
+    w_down: Float[Array, "F D"],
+    *,
+    recipe: Recipe = Recipe(),
+    implementation: Implementation = "auto",
+) -> Float[Array, "... D"]:
+    """Squared-ReLU FFN, Y3 = relu(X @ W_up^T)^2 @ W_down, with 2:4 sparse activations.
+
+    Its gradient is the recipe's (module docstring), which is no derivative of the forward pass where
+    `recipe.feature_wise` prunes the weight gradients. Works under jit, grad, vmap, remat and scan.
+
+    Args:
+      x: activations; all axes but the last are tokens, of any number T. Groups of tokens are formed
+        over T padded with zeros to a multiple of 4.
+      w_up, w_down: feature-major weights of `x`'s dtype; F must be a multiple of 4.
+      recipe: which parts of the method are on.
+      implementation: of every op inside; see `s24jax.ops.dispatch`.
+
+    Numerics: products accumulate in float32; Y1, Y2, Y3 and every gradient are rounded once to
+    `x`'s dtype, and the choice of 2 in 4 is made on the rounded Y1.
+
+    Raises:
+      InvalidInput: shapes or dtypes do not fit, F is no multiple of 4, or the recipe leaves no
+        sparse feature.
+      Unsupported: the named implementation cannot run here.
+    """
+    _check(x, w_up, w_down, recipe)
+    x_TD = x.reshape(-1, x.shape[-1])
+    tokens = x_TD.shape[0]
+    x_TD = jnp.pad(x_TD, ((0, -tokens % 4), (0, 0)))
+    y3_TD = _ffn24(recipe, implementation, x_TD, w_up, w_down)
+    return y3_TD[:tokens].reshape(x.shape)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _ffn24(recipe, implementation, x_TD, w_up_FD, w_down_FD):
+    y3_TD, _ = _forward(recipe, implementation, x_TD, w_up_FD, w_down_FD)
+    return y3_TD
+
+
+def _forward(recipe, implementation, x_TD, w_up_FD, w_down_FD):
+    """Y3 and what the backward pass needs of Y2: itself and its non-zeros per feature."""
+    y1_TF = dot(x_TD, w_up_FD, contract=(1, 1))
+    y2_TF = None if recipe.saves_pruned else relu2(y1_TF)
+    if recipe.token_wise:
+        y2, counts_F = sparsify24(y1_TF, implementation=implementation)
+        y3_TD = matmul24(y2, w_down_FD, implementation=implementation)
+    else:
+        counts_F = jnp.sum(y2_TF != 0, axis=0, dtype=jnp.int32)
+        y3_TD = dot(y2_TF, w_down_FD, contract=(1, 0))
+    return y3_TD, (y2 if recipe.saves_pruned else y2_TF, counts_F)
+
+
+def _ffn24_forward(recipe, implementation, x_TD, w_up_FD, w_down_FD):
+    y3_TD, saved = _forward(recipe, implementation, x_TD, w_up_FD, w_down_FD)
+    y2, counts_F = checkpoint_name(saved, SAVED_Y2)
+    return y3_TD, (x_TD, w_up_FD, w_down_FD, y2, counts_F)
+
+
+def _ffn24_backward(recipe, implementation, saved, dy3_TD):
+    x_TD, w_up_FD, w_down_FD, y2, counts_F = saved
+    dy2_TF = dot(dy3_TD, w_down_FD, contract=(1, 1))
+    if recipe.saves_pruned:
+        dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+        dx_TD = matmul24(dy1, w_up_FD, implementation=implementation)
+    else:
+        dy1 = relu2_gradient(y2, dy2_TF)
+        dx_TD = dot(dy1, w_up_FD, contract=(1, 0))
+    if recipe.feature_wise:
+        split = split_features(counts_F, recipe.dense_features(counts_F.size))
+        y2_split, dy1_split = feature_wise24(
+            y2, dy1, split, grouping=recipe.grouping, shared_mask=recipe.shared_feature_mask,
+            implementation=implementation,
+        )
+        dw_down_FD = _split_gradient(y2_split, dy3_TD, split, implementation)
+        dw_up_FD = _split_gradient(dy1_split, x_TD, split, implementation)
+    else:
+        dw_down_FD = dot(_dense(y2), dy3_TD, contract=(0, 0))
+        dw_up_FD = dot(_dense(dy1), x_TD, contract=(0, 0))
+    return dx_TD, dw_up_FD, dw_down_FD
+
+
+_ffn24.defvjp(_ffn24_forward, _ffn24_backward)
+
+
+def _split_gradient(
+    a: SplitOperand, b_TD: Float[Array, "T D"], split: FeatureSplit, implementation: Implementation
+) -> Float[Array, "F D"]:
+    """A^T @ B with A's sparse features in 2:4 form and its dense ones dense, rows in their place."""
+    features = split.sparse.size + split.dense.size
+    dw_FD = jnp.zeros((features, b_TD.shape[1]), b_TD.dtype)
+    dw_FD = dw_FD.at[split.sparse].set(matmul24(a.sparse, b_TD, implementation=implementation))
+    return dw_FD.at[split.dense].set(dot(a.dense, b_TD, contract=(0, 0)))
+
+
+def _dense(y: Compressed24 | Float[Array, "T F"]) -> Float[Array, "T F"]:
+    return y.decompress() if isinstance(y, Compressed24) else y
+
+
+def _check(x: Array, w_up: Array, w_down: Array, recipe: Recipe) -> None:
+    if w_up.ndim != 2 or w_up.shape != w_down.shape or w_up.shape[1] != x.shape[-1]:
+        raise InvalidInput(
+            f"ffn24: x {x.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit; "
+            "both weights must be [F, D] with D the last axis of x"
+        )
+    if not x.dtype == w_up.dtype == w_down.dtype:
+        raise InvalidInput(
+            f"ffn24: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; cast them to one dtype"
+        )
+    features = w_up.shape[0]
+    if features % 4:
+        raise InvalidInput(f"ffn24: F={features} is no multiple of 4; pad the hidden width")
+    if recipe.feature_wise:
+        recipe.dense_features(features)

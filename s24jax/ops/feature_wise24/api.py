@@ -1,0 +1,49 @@
+"""feature_wise24: Y2 and dY1 -> the operands of dW_down and dW_up."""
+
+from s24jax.compressed import Compressed24
+from s24jax.errors import InvalidInput
+from s24jax.feature_split import FeatureSplit
+from s24jax.ops import dispatch
+from s24jax.ops.feature_wise24 import reference
+from s24jax.ops.feature_wise24.operand import SplitOperand
+from s24jax.token_groups import TokenGrouping
+from s24jax.typing import Array, Float, Implementation
+
+__all__ = ["CANDIDATES", "SplitOperand", "feature_wise24"]
+
+CANDIDATES = [dispatch.Candidate("reference", reference.feature_wise24)]
+
+
+def feature_wise24(
+    y2: Compressed24 | Float[Array, "T F"],
+    dy1: Compressed24 | Float[Array, "T F"],
+    split: FeatureSplit,
+    *,
+    grouping: TokenGrouping,
+    shared_mask: bool,
+    implementation: Implementation = "auto",
+) -> tuple[SplitOperand, SplitOperand]:
+    """Splits Y2 and dY1 by feature and prunes the sparse features in groups of 4 tokens.
+
+    Args:
+      y2, dy1: [T, F], token-wise compressed (mask consistency) or dense; T a multiple of 4.
+      split: which features are dense.
+      grouping: which tokens share a group.
+      shared_mask: dY1 is pruned by the mask chosen on |Y2|; False: by its own magnitudes.
+      implementation: see `s24jax.ops.dispatch`.
+
+    Returns:
+      The operands of dW_down (from Y2) and of dW_up (from dY1), compressed along axis 0 in
+      `grouping`'s groups. Ties keep the member that comes first in its group.
+
+    Raises:
+      InvalidInput: T is no multiple of 4.
+      Unsupported: the named implementation cannot run here.
+
+    Source: arXiv 2503.16672, section 4.
+    """
+    if y2.shape[0] % 4:
+        raise InvalidInput(f"feature_wise24: {y2.shape[0]} tokens; pad T to a multiple of 4")
+    candidate = dispatch.resolve("feature_wise24", implementation, CANDIDATES, y2, dy1, split,
+                                 grouping=grouping, shared_mask=shared_mask)
+    return candidate.run(y2, dy1, split, grouping=grouping, shared_mask=shared_mask)
