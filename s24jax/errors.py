@@ -1,4 +1,4 @@
-"""The three kinds of error that s24jax raises on purpose.
+"""The kinds of error that s24jax raises on purpose.
 
 Each carries one line: what is wrong, the value, the mend. The command lines print that line and
 exit with a status other than 0; every other exception is a defect and keeps its traceback.
@@ -15,3 +15,10 @@ class Unsupported(NotImplementedError):
 
 class BrokenEnvironment(RuntimeError):
     """Something around the program is missing or damaged: a package, a disk, a checkpoint."""
+
+
+class Diverged(RuntimeError):
+    """Training gave a loss that is not finite."""
+
+
+EXPECTED = (InvalidInput, Unsupported, BrokenEnvironment, Diverged)

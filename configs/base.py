@@ -1,0 +1,96 @@
+"""Every key of a configuration, with the value that most runs share. The others start from it.
+
+Units: `steps` are optimizer steps, `batch_size` counts sequences, `sequence_length` tokens (bytes);
+a step trains on batch_size * sequence_length tokens.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.name = "base"
+    config.seed = 0  # of the initial weights, the order of the data and the sample
+    config.steps = 1000
+    config.batch_size = 64
+    config.accumulate = 1  # equal parts of the batch whose gradients are averaged
+    config.sequence_length = 1024
+    config.sparse24_warmup_steps = 300  # dense steps before a relu2_24 model switches to 2:4
+    config.dense_twin = False  # at the switch, go on dense as well, on the same batches
+
+    config.model = ConfigDict()
+    config.model.layers = 12
+    config.model.width = 768
+    config.model.heads = 12
+    config.model.hidden = 3072
+    config.model.vocabulary = 256
+    config.model.ffn = "relu2_24"  # swiglu, gelu, relu2, relu2_24
+    config.model.implementation = "auto"  # auto, reference, triton, cuda
+    config.model.tie_embedding = True
+    config.model.remat = "none"  # none, full, save_y2
+    config.model.dtype = "bfloat16"
+    config.model.rope_theta = 10000.0
+    config.model.recipe = ConfigDict()  # s24jax.Recipe
+    config.model.recipe.token_wise = True
+    config.model.recipe.mask_consistency = True
+    config.model.recipe.feature_wise = True
+    config.model.recipe.token_grouping = "strided"
+    config.model.recipe.grouping_seed = 0
+    config.model.recipe.dense_share = 0.05
+    config.model.recipe.dense_multiple = 128
+    config.model.recipe.shared_feature_mask = True
+
+    config.optimizer = ConfigDict()
+    config.optimizer.peak_learning_rate = 1e-3
+    config.optimizer.learning_rate_warmup_steps = 100
+    config.optimizer.final_share = 0.1  # of the peak, at the last step
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.95
+    config.optimizer.epsilon = 1e-8
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.clip_norm = 1.0
+
+    config.data = ConfigDict()
+    config.data.source = "stdlib"  # or a folder, a glob, "tfds:NAME"
+    config.data.pattern = "**/*.py"  # of the files below a folder
+    config.data.validation_share = 0.05  # of the files
+    config.data.data_dir = ""  # where prepared corpora live; empty: the user's cache folder
+    config.data.text_feature = "text"  # of a catalogue dataset
+
+    config.log_every = 10
+    config.probe_every = 50  # sparsity of every layer
+    config.validate_every = 100
+    config.validation_batches = 8
+    config.checkpoint_every = 200
+    config.keep_checkpoints = 2  # the last ones; the best one is kept besides
+
+    config.sample = ConfigDict()
+    config.sample.prompt = "def "
+    config.sample.tokens = 400
+    config.sample.temperature = 0.7
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """Any configuration as a few steps of a tiny model, through every stage of a run, on a CPU."""
+    config.name += "_smoke"
+    config.steps = 6
+    config.batch_size = 4
+    config.sequence_length = 32
+    config.sparse24_warmup_steps = min(config.sparse24_warmup_steps, 3)
+    config.model.layers = 2
+    config.model.width = 16
+    config.model.heads = 2
+    config.model.hidden = 64
+    config.model.dtype = "float32"
+    config.model.vocabulary = 256
+    config.model.recipe.dense_multiple = 16
+    config.optimizer.learning_rate_warmup_steps = 2
+    config.data.pattern = "json/*.py"
+    config.log_every = 2
+    config.probe_every = 3
+    config.validate_every = 3
+    config.validation_batches = 1
+    config.checkpoint_every = 3
+    config.sample.tokens = 8
+    return config

@@ -1,0 +1,163 @@
+"""Checkpoints of a run: train state, dense twin, data iterator (orbax). The one user of orbax."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
+
+from s24jax.errors import BrokenEnvironment, InvalidInput
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    step: int
+    state: Any
+    twin: Any | None
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir/checkpoints/STEP`.
+
+    Keeps the last `keep` and the one with the lowest validation loss. Saves in the background: the
+    state may be donated to the next step as soon as `save` returns. A checkpoint appears under its
+    name only when it is complete, so an interrupted save leaves none.
+    """
+
+    def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, read_only: bool = False):
+        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
+        best = preservation.BestN(
+            get_metric_fn=lambda metrics: metrics["validation_loss"],
+            reverse=True,  # the lowest is the best
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            preservation_policy=preservation.AnyPreservationPolicy(
+                [preservation.LatestN(keep), best]
+            ),
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state, iterator, *, twin=None, validation_loss=None) -> None:
+        """Starts to save; a step that is saved already is left as it is.
+
+        Args:
+          step: optimizer steps taken.
+          state: pytree of arrays.
+          iterator: grain iterator of the training data, standing behind the last batch of `step`.
+          twin: the dense twin's state, where there is one.
+          validation_loss: ranks this checkpoint; None where none was measured at this step.
+
+        Raises:
+          BrokenEnvironment: this save or the one before it failed (a full disk, say).
+        """
+        if step in self._manager.all_steps():
+            return
+        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        if twin is not None:
+            items["twin"] = ocp.args.StandardSave(twin)
+        metrics = None if validation_loss is None else {"validation_loss": float(validation_loss)}
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when all that was saved is on disk; raises BrokenEnvironment where that failed."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._save_failed(error) from error
+
+    def restore(self, like, *, iterator=None, step: int | None = None) -> Restored:
+        """Reads a checkpoint onto the devices and shardings of `like`.
+
+        Args:
+          like: a state of the same structure, arrays or shapes.
+          iterator: a grain iterator to set back; None reads no data state.
+          step: which one; None is the last.
+
+        Raises:
+          InvalidInput: there is no such checkpoint, or it holds another kind of model.
+          BrokenEnvironment: it cannot be read. Nothing is changed on disk.
+        """
+        steps = self.steps()
+        if not steps:
+            raise InvalidInput(f"no checkpoint in {self.folder}; train into this workdir first")
+        if step is not None and step not in steps:
+            raise InvalidInput(f"no checkpoint of step {step} in {self.folder}; "
+                               f"there are {', '.join(map(str, steps))}")
+        step = steps[-1] if step is None else step
+        self._check_structure(step, like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        items = {"state": ocp.args.StandardRestore(abstract)}
+        if (self.folder / str(step) / "twin").exists() and iterator is not None:
+            items["twin"] = ocp.args.StandardRestore(abstract)
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        return Restored(step, restored["state"], restored.get("twin"))
+
+    def close(self) -> None:
+        """Waits for a save that is under way and releases what the manager holds."""
+        self.wait()
+        self._manager.close()
+
+    def _check_structure(self, step: int, like) -> None:
+        """A checkpoint of another model is a mistake of the user's, and told apart from damage."""
+        try:
+            stored = self._manager.item_metadata(step)["state"]
+            stored = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(stored)}
+        except Exception as error:
+            raise self._damaged(step, error) from error
+        wanted = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(like)}
+        for name in sorted(stored.keys() | wanted.keys()):
+            if stored.get(name) != wanted.get(name):
+                raise InvalidInput(
+                    f"checkpoint {self.folder / str(step)} holds another model: {name} is "
+                    f"{stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} here; "
+                    "use the config that it was trained with, or another workdir"
+                )
+
+    def _save_failed(self, error: Exception) -> BrokenEnvironment:
+        complete = self.steps()
+        last = f"the last good checkpoint is step {complete[-1]}" if complete else "there is none yet"
+        return BrokenEnvironment(
+            f"cannot save to {self.folder} ({_first_line(error)}); {last}; free disk space or check "
+            "the permissions, then run the same command to resume"
+        )
+
+    def _damaged(self, step: int, error: Exception) -> BrokenEnvironment:
+        earlier = [s for s in self.steps() if s < step]
+        fallback = f"step {earlier[-1]}" if earlier else "the start"
+        return BrokenEnvironment(
+            f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); it was left "
+            f"as it is; move that folder away to go on from {fallback}"
+        )
+
+
+def _leaves(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _name(path) -> str:
+    """A leaf's path without the notation of its containers, which differ between save and load."""
+    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
+    return "/".join(str(key) for key in keys)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]

@@ -1,0 +1,293 @@
+"""A decoder-only transformer whose FFN is the one pluggable part (Flax NNX).
+
+    tokens -> embedding -> layers x [ x + attention(norm(x)); x + FFN(norm(x)) ] -> norm -> logits
+
+RMSNorm before each part, rotary position embedding, causal attention. The layers are stacked: their
+parameters have a leading axis and one compiled layer is scanned over it.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from s24jax.activation import relu2
+from s24jax.errors import InvalidInput
+from s24jax.ffn import SAVED_Y2, ffn24
+from s24jax.ops import dispatch
+from s24jax.recipe import Recipe
+from s24jax.typing import Array, FFNMode, Float, Implementation, Int
+
+FFNKind = Literal["swiglu", "gelu", "relu2", "relu2_24"]
+Remat = Literal["none", "full", "save_y2"]
+REMAT_POLICIES = {
+    "full": None,
+    "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2),
+}
+
+
+class FFN(nnx.Module):
+    """Feed-forward network, D -> F -> D, weights feature-major [F, D].
+
+    swiglu    (silu(x W_gate^T) * (x W_up^T)) W_down
+    gelu      gelu(x W_up^T) W_down
+    relu2     relu(x W_up^T)^2 W_down
+    relu2_24  the same; `ffn24` in mode "sparse24", dense in mode "dense" (the warm-up)
+
+    Args:
+      width, hidden: D and F.
+      kind: see above.
+      recipe: of relu2_24.
+      implementation: of relu2_24's ops; the other kinds are compiled by XLA alone.
+      dtype: computation; parameters are float32.
+
+    Raises:
+      InvalidInput: unknown kind, or F does not fit the recipe.
+      Unsupported: a dense kind with a named implementation other than "reference".
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        kind: FFNKind,
+        *,
+        recipe: Recipe = Recipe(),
+        implementation: Implementation = "auto",
+        dtype=jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        if kind not in get_args(FFNKind):
+            raise InvalidInput(f"ffn kind {kind!r} does not exist; "
+                               f"use one of {', '.join(get_args(FFNKind))}")
+        if kind == "relu2_24":
+            check_hidden(hidden, recipe)
+        else:
+            only_xla = [dispatch.Candidate("reference", nnx.identity)]
+            dispatch.resolve(f"ffn {kind}", implementation, only_xla)
+        self.kind, self.recipe, self.implementation, self.dtype = kind, recipe, implementation, dtype
+        fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
+        fan_hidden = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=1)
+        self.w_up = nnx.Param(fan_in(rngs.params(), (hidden, width)))
+        self.w_down = nnx.Param(fan_hidden(rngs.params(), (hidden, width)))
+        if kind == "swiglu":
+            self.w_gate = nnx.Param(fan_in(rngs.params(), (hidden, width)))
+
+    def __call__(self, x: Float[Array, "... D"], mode: FFNMode = "dense") -> Float[Array, "... D"]:
+        w_up, w_down = self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype)
+        if mode == "sparse24":
+            if self.kind != "relu2_24":
+                raise InvalidInput(f"mode 'sparse24' needs ffn kind 'relu2_24', this model has "
+                                   f"{self.kind!r}; use mode 'dense'")
+            return ffn24(x, w_up, w_down, recipe=self.recipe, implementation=self.implementation)
+        y1 = self.pre_activation(x)
+        if self.kind == "swiglu":
+            y2 = jax.nn.silu(x @ self.w_gate[...].astype(self.dtype).T) * y1
+        else:
+            y2 = jax.nn.gelu(y1) if self.kind == "gelu" else relu2(y1)
+        return y2 @ w_down
+
+    def pre_activation(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:
+        """Y1 = X @ W_up^T."""
+        return x @ self.w_up[...].astype(self.dtype).T
+
+
+def check_hidden(hidden: int, recipe: Recipe) -> None:
+    """Raises InvalidInput where F cannot be pruned by this recipe."""
+    if hidden % 4:
+        raise InvalidInput(f"hidden width F={hidden} is no multiple of 4; use {hidden + -hidden % 4}")
+    if recipe.feature_wise:
+        recipe.dense_features(hidden)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens seen so far, for every layer.
+
+    Attributes:
+      keys, values: [layers, B, S, H, C] for S tokens at most, H heads of width C.
+      length: how many tokens are valid (int32 scalar).
+    """
+
+    keys: Float[Array, "layers B S H C"]
+    values: Float[Array, "layers B S H C"]
+    length: Int[Array, ""]
+
+
+def rotate(x_BLHC: Array, positions_L: Array, theta: float) -> Array:
+    """Rotary position embedding: channel pairs (c, c + C/2) turn by position * theta^(-2c/C).
+
+    Computed in float32. Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    half = x_BLHC.shape[-1] // 2
+    angle_LC = positions_L[:, None] * theta ** (-jnp.arange(half) / half)
+    cos, sin = jnp.cos(angle_LC)[None, :, None, :], jnp.sin(angle_LC)[None, :, None, :]
+    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BLHC.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
+
+    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
+        self.heads, self.theta = config.heads, config.rope_theta
+        linear = {"use_bias": False, "dtype": dtype, "rngs": rngs}
+        self.qkv = nnx.Linear(config.width, 3 * config.width, **linear)
+        self.out = nnx.Linear(config.width, config.width, **linear)
+
+    def __call__(self, x_BLD: Array, past: tuple[Array, Array, Array] | None = None):
+        """Attends to x itself and, where there is one, to the past.
+
+        Args:
+          x_BLD: normalized activations.
+          past: one layer's keys and values [B, S, H, C] and the number of valid tokens.
+
+        Returns:
+          the output [B, L, D] and the updated keys and values (None without a past).
+        """
+        B, L, D = x_BLD.shape
+        q, k, v = jnp.split(self.qkv(x_BLD).reshape(B, L, self.heads, -1), 3, axis=-1)
+        start = 0 if past is None else past[2]
+        positions_L = start + jnp.arange(L)
+        q, k = (rotate(y, positions_L, self.theta) for y in (q, k))
+        if past is None:
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            return self.out(mixed.reshape(B, L, D)), None
+        keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
+        visible_LS = jnp.arange(keys.shape[1])[None, :] <= positions_L[:, None]
+        mixed = jax.nn.dot_product_attention(q, keys, values, mask=visible_LS[None, None])
+        return self.out(mixed.reshape(B, L, D)), (keys, values)
+
+
+class Block(nnx.Module):
+    """One layer: attention and FFN, each after a norm and around a residual path."""
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        dtype = jnp.dtype(config.dtype)
+        norm = {"epsilon": 1e-6, "dtype": dtype, "rngs": rngs}
+        self.attention_norm = nnx.RMSNorm(config.width, **norm)
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.ffn_norm = nnx.RMSNorm(config.width, **norm)
+        self.ffn = FFN(
+            config.width, config.hidden, config.ffn, recipe=Recipe(**config.recipe),
+            implementation=config.implementation, dtype=dtype, rngs=rngs,
+        )
+
+    def __call__(self, x_BLD: Array, *, mode: FFNMode, past=None):
+        """The layer's output, the input of its FFN (after the norm), and the updated cache."""
+        attended, past = self.attention(self.attention_norm(x_BLD), past)
+        x_BLD = x_BLD + attended
+        h_BLD = self.ffn_norm(x_BLD)
+        return x_BLD + self.ffn(h_BLD, mode), h_BLD, past
+
+
+class Transformer(nnx.Module):
+    """The language model; `config` is the `model` part of a configuration (see configs/).
+
+    Raises:
+      InvalidInput: sizes that cannot work.
+    """
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        _check(config)
+        self.config = config.copy_and_resolve_references().lock()
+        self.dtype = jnp.dtype(config.dtype)
+
+        @nnx.split_rngs(splits=config.layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs):
+            return Block(config, rngs=rngs)
+
+        embedding_init = nnx.initializers.normal(config.width**-0.5)
+        self.embedding = nnx.Embed(
+            config.vocabulary, config.width, dtype=self.dtype, embedding_init=embedding_init, rngs=rngs
+        )
+        self.blocks = stack(rngs)
+        self.norm = nnx.RMSNorm(config.width, epsilon=1e-6, dtype=self.dtype, rngs=rngs)
+        if not config.tie_embedding:
+            self.unembedding = nnx.Linear(
+                config.width, config.vocabulary, use_bias=False, dtype=self.dtype, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        tokens_BL: Int[Array, "B L"],
+        *,
+        mode: FFNMode = "dense",
+        observe: Callable[[FFN, Array], Any] | None = None,
+    ):
+        """Logits [B, L, V] in float32; with `observe`, also its result for every layer, stacked.
+
+        Args:
+          tokens_BL: token ids.
+          mode: what the FFNs of kind relu2_24 do.
+          observe: called in each layer with its FFN and that FFN's input [B, L, D].
+        """
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BLD, params):
+            block = nnx.merge(graph, params)
+            x_BLD, h_BLD, _ = block(x_BLD, mode=mode)
+            return x_BLD, None if observe is None else observe(block.ffn, h_BLD)
+
+        if self.config.remat != "none":
+            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
+        x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers)
+        logits_BLV = self._unembed(x_BLD)
+        return logits_BLV if observe is None else (logits_BLV, observed)
+
+    def empty_cache(self, batch: int, tokens: int) -> Cache:
+        """A cache for at most `tokens` tokens a sequence."""
+        c = self.config
+        empty = jnp.zeros((c.layers, batch, tokens, c.heads, c.width // c.heads), self.dtype)
+        return Cache(empty, empty, jnp.int32(0))
+
+    def extend(
+        self, tokens_BL: Int[Array, "B L"], cache: Cache, *, mode: FFNMode = "dense"
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Appends tokens to the cache: a prompt (prefill) or one token a sequence (decode).
+
+        Nothing is saved for a backward pass. The caller sees to it that the cache has room.
+
+        Returns:
+          logits after the last token, float32 [B, V], and the cache that holds the new tokens.
+        """
+        graph, layers = nnx.split(self.blocks)
+
+        def layer(x_BLD, scanned):
+            params, keys, values = scanned
+            past = (keys, values, cache.length)
+            x_BLD, _, past = nnx.merge(graph, params)(x_BLD, mode=mode, past=past)
+            return x_BLD, past
+
+        scanned = (layers, cache.keys, cache.values)
+        x_BLD, (keys, values) = jax.lax.scan(layer, self._embed(tokens_BL), scanned)
+        cache = Cache(keys, values, cache.length + tokens_BL.shape[1])
+        return self._unembed(x_BLD[:, -1:])[:, 0], cache
+
+    def _embed(self, tokens_BL):
+        # The table's rows have length about 1 (they are also the tied output weights); the residual
+        # stream starts at a scale of 1 a channel.
+        return self.embedding(tokens_BL) * jnp.asarray(self.config.width**0.5, self.dtype)
+
+    def _unembed(self, x_BLD):
+        x_BLD = self.norm(x_BLD)
+        tied = self.config.tie_embedding
+        logits = self.embedding.attend(x_BLD) if tied else self.unembedding(x_BLD)
+        return logits.astype(jnp.float32)
+
+
+def _check(config) -> None:
+    if config.width % config.heads or (config.width // config.heads) % 2:
+        raise InvalidInput(
+            f"model.width={config.width} does not give {config.heads} heads of an even width; "
+            "make it a multiple of 2 * model.heads"
+        )
+    if config.remat not in get_args(Remat):
+        raise InvalidInput(f"model.remat={config.remat!r} does not exist; "
+                           f"use one of {', '.join(get_args(Remat))}")
+    if config.dtype not in ("float32", "bfloat16"):
+        raise InvalidInput(f"model.dtype={config.dtype!r} is not supported; use float32 or bfloat16")

@@ -1,0 +1,86 @@
+"""What a finished run comes down to: `summary.json` and the closing table."""
+
+import numpy as np
+
+from s24jax.schedules import ffn_mode
+
+SHARES = ("zero_share", "dropped_token_wise", "dropped_feature_wise", "inactive_features")
+
+
+def summarize(config, parameters: int, records: list[dict]) -> dict:
+    """The final figures of a run, from its metrics.
+
+    Args:
+      config: the whole configuration.
+      parameters: how many the model has.
+      records: of metrics.jsonl.
+
+    Returns:
+      name, steps, parameters, switch_step (None in a dense run); mode, validation_loss (nats per
+      token), validation_loss_dense (the same weights evaluated dense), bits_per_byte,
+      tokens_per_second (median over the steps in the final mode, compilation left out), and the mean
+      over layers of the shares in `SHARES`, all of the main run; `best_validation_loss`;
+      `zero_share_per_layer`; `dense_twin`, the same figures of the twin, where there was one.
+    """
+    switch = [record["step"] for record in records if record["kind"] == "switch"]
+    losses = [r["loss"] for r in _select(records, "main", "validation") if r["loss"] is not None]
+    summary = {
+        "name": config.name,
+        "steps": config.steps,
+        "parameters": parameters,
+        "switch_step": switch[-1] if switch else None,
+        **_final(records, "main", ffn_mode(config.steps, config)),
+        "best_validation_loss": min(losses),
+    }
+    if _select(records, "dense_twin", "train"):
+        summary["dense_twin"] = _final(records, "dense_twin", "dense")
+    return summary
+
+
+def closing_table(summary: dict) -> str:
+    """The summary as a Markdown table: 2:4 beside its dense twin where there is one."""
+    columns = {"2:4" if summary["mode"] == "sparse24" else "dense": summary}
+    if "dense_twin" in summary:
+        columns["dense twin"] = summary["dense_twin"]
+    rows = [
+        ("validation loss (nats/token)", lambda s: f"{s['validation_loss']:.4f}"),
+        ("the same weights, evaluated dense", lambda s: f"{s['validation_loss_dense']:.4f}"),
+        ("bits per byte", lambda s: f"{s['bits_per_byte']:.4f}"),
+        ("tokens/s", lambda s: f"{s['tokens_per_second']:,.0f}" if s["tokens_per_second"] else "-"),
+    ]
+    if summary["zero_share"] is not None:
+        names = ("zeros in Y2", "dropped token-wise", "dropped feature-wise", "inactive features")
+        rows += [
+            (name, lambda s, key=key: f"{100 * s[key]:.1f} %")
+            for name, key in zip(names, SHARES, strict=True)
+        ]
+    lines = [f"| {summary['name']}, step {summary['steps']} | " + " | ".join(columns) + " |"]
+    lines.append("|---|" + "---:|" * len(columns))
+    for name, show in rows:
+        lines.append(f"| {name} | " + " | ".join(show(column) for column in columns.values()) + " |")
+    return "\n".join(lines)
+
+
+def _select(records: list[dict], run: str, kind: str) -> list[dict]:
+    return [record for record in records if record["run"] == run and record["kind"] == kind]
+
+
+def _final(records: list[dict], run: str, mode: str) -> dict:
+    validation = _select(records, run, "validation")[-1]
+    rates = [
+        record["tokens_per_second"]
+        for record in _select(records, run, "train")
+        if record["mode"] == mode and record["tokens_per_second"]
+    ]
+    sparsity = _select(records, run, "sparsity")
+    final = {
+        "mode": mode,
+        "validation_loss": validation["loss"],
+        "validation_loss_dense": validation["loss_dense"],
+        "bits_per_byte": validation["bits_per_byte"],
+        "tokens_per_second": float(np.median(rates)) if rates else None,
+    }
+    for key in SHARES:
+        final[key] = float(np.mean(sparsity[-1][key])) if sparsity else None
+    final["zero_share_per_layer"] = sparsity[-1]["zero_share"] if sparsity else None
+    return final
