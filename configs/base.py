@@ -4,7 +4,11 @@ Units: `steps` are optimizer steps, `batch_size` counts sequences, `sequence_len
 a step trains on batch_size * sequence_length tokens.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
+
+from s24jax.errors import InvalidInput
 
 
 def get_config() -> ConfigDict:
@@ -94,3 +98,16 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.checkpoint_every = 3
     config.sample.tokens = 8
     return config
+
+
+def vary(config: ConfigDict, mode: str, **variants: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
+    """The variant that stands behind the colon of --config=FILE:MODE; "" is the config itself.
+
+    Raises:
+      InvalidInput: there is no such variant.
+    """
+    variants["smoke"] = smoke
+    if mode and mode not in variants:
+        raise InvalidInput(f"{config.name} has no variant {mode!r}; "
+                           f"write one of {', '.join(sorted(variants))} after the colon, or none")
+    return variants[mode](config) if mode else config

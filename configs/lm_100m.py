@@ -13,4 +13,4 @@ def get_config(mode: str = ""):
     config = base.get_config()
     config.name = "lm_100m"
     config.steps = 2000
-    return base.smoke(config) if mode == "smoke" else config
+    return base.vary(config, mode)

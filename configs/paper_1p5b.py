@@ -6,7 +6,7 @@
 Hardware: the paper's 1M tokens a step for 60,000 steps are a cluster's work; on one GPU lower
 `steps` and `batch_size`, or raise `accumulate`. Tokens are bytes, so that 256 of the 131,072 rows of
 the embedding are used: the shapes and the cost are the paper's, the text and the loss are not.
-"swiglu" is the twin of equal parameters (F 5504 rather than 5461, for alignment).
+F 5504 is 5461 of the paper's equal-parameter SwiGLU, rounded up for alignment.
 """
 
 from configs import base
@@ -34,9 +34,12 @@ def get_config(mode: str = ""):
 
     config.validate_every = 1000
     config.checkpoint_every = 1000
-    modes = mode.split("_") if mode else []
-    if "swiglu" in modes:
-        config.name += "_swiglu"
-        config.model.ffn = "swiglu"
-        config.model.hidden = 5504
-    return base.smoke(config) if "smoke" in modes else config
+    return base.vary(config, mode, swiglu=swiglu)
+
+
+def swiglu(config):
+    """The dense twin of equal parameters: 3 * 5504 * D rather than 2 * 8192 * D in each FFN."""
+    config.name += "_swiglu"
+    config.model.ffn = "swiglu"
+    config.model.hidden = 5504
+    return config

@@ -31,4 +31,4 @@ def get_config(mode: str = ""):
     config.validate_every = 50
     config.checkpoint_every = 150
     config.sample.tokens = 120
-    return base.smoke(config) if mode == "smoke" else config
+    return base.vary(config, mode)

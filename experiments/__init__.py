@@ -1,0 +1,1 @@
+"""The command lines: train, sweep, plot, sample, evaluate. Nothing is computed here."""

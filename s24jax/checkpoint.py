@@ -35,6 +35,12 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
+        handlers = {
+            "description": ocp.JsonCheckpointHandler(),
+            "state": ocp.StandardCheckpointHandler(),
+            "twin": ocp.StandardCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+        }
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -42,7 +48,9 @@ class Checkpoints:
                 [preservation.LatestN(keep), best]
             ),
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(
+            self.folder, options=options, item_handlers=handlers
+        )
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
@@ -63,7 +71,11 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = {"state": ocp.args.StandardSave(state), "data": grain.checkpoint.CheckpointSave(iterator)}
+        items = {
+            "description": ocp.args.JsonSave({"leaves": _leaves(state)}),
+            "state": ocp.args.StandardSave(state),
+            "data": grain.checkpoint.CheckpointSave(iterator),
+        }
         if twin is not None:
             items["twin"] = ocp.args.StandardSave(twin)
         metrics = None if validation_loss is None else {"validation_loss": float(validation_loss)}
@@ -98,17 +110,14 @@ class Checkpoints:
             raise InvalidInput(f"no checkpoint of step {step} in {self.folder}; "
                                f"there are {', '.join(map(str, steps))}")
         step = steps[-1] if step is None else step
-        self._check_structure(step, like)
+        self._check_leaves(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = {"state": ocp.args.StandardRestore(abstract)}
-        if (self.folder / str(step) / "twin").exists() and iterator is not None:
-            items["twin"] = ocp.args.StandardRestore(abstract)
         if iterator is not None:
             items["data"] = grain.checkpoint.CheckpointRestore(iterator)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:
-            raise self._damaged(step, error) from error
+            if (self.folder / str(step) / "twin").exists():
+                items["twin"] = ocp.args.StandardRestore(abstract)
+        restored = self._read(step, **items)
         return Restored(step, restored["state"], restored.get("twin"))
 
     def close(self) -> None:
@@ -116,21 +125,29 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _check_structure(self, step: int, like) -> None:
+    def _check_leaves(self, step: int, like) -> None:
         """A checkpoint of another model is a mistake of the user's, and told apart from damage."""
-        try:
-            stored = self._manager.item_metadata(step)["state"]
-            stored = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(stored)}
-        except Exception as error:
-            raise self._damaged(step, error) from error
-        wanted = {_name(path): tuple(leaf.shape) for path, leaf in _leaves(like)}
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
+        description = self._read(step, description=ocp.args.JsonRestore())["description"]
+        there, here = description["leaves"], _leaves(like)
+        for name in here | there:
+            if there.get(name) != here.get(name):
                 raise InvalidInput(
                     f"checkpoint {self.folder / str(step)} holds another model: {name} is "
-                    f"{stored.get(name, 'absent')} there, {wanted.get(name, 'absent')} here; "
-                    "use the config that it was trained with, or another workdir"
+                    f"{there.get(name, 'absent')} there, {here.get(name, 'absent')} here; use the "
+                    "config that it was trained with, or another workdir"
                 )
+
+    def _read(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        # orbax, tensorstore and the file system each have their own errors for a damaged file.
+        except Exception as error:
+            earlier = [other for other in self.steps() if other < step]
+            fallback = f"step {earlier[-1]}" if earlier else "the start"
+            raise BrokenEnvironment(
+                f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); it was "
+                f"left as it is; move that folder away to go on from {fallback}"
+            ) from error
 
     def _save_failed(self, error: Exception) -> BrokenEnvironment:
         complete = self.steps()
@@ -140,23 +157,13 @@ class Checkpoints:
             "the permissions, then run the same command to resume"
         )
 
-    def _damaged(self, step: int, error: Exception) -> BrokenEnvironment:
-        earlier = [s for s in self.steps() if s < step]
-        fallback = f"step {earlier[-1]}" if earlier else "the start"
-        return BrokenEnvironment(
-            f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); it was left "
-            f"as it is; move that folder away to go on from {fallback}"
-        )
 
-
-def _leaves(tree):
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _name(path) -> str:
-    """A leaf's path without the notation of its containers, which differ between save and load."""
-    keys = (getattr(k, "key", getattr(k, "name", getattr(k, "idx", None))) for k in path)
-    return "/".join(str(key) for key in keys)
+def _leaves(tree) -> dict[str, str]:
+    """Each leaf's path, type and shape; what a checkpoint and the program must agree on."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _first_line(error: Exception) -> str:

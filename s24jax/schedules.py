@@ -6,14 +6,15 @@ from s24jax.typing import FFNMode
 
 
 def learning_rate_schedule(config, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak_learning_rate`, cosine decay to `final_share` of it.
+    """Linear warm-up to `peak_learning_rate`, cosine decay to `final_share` of it.
 
     Args:
       config: the `optimizer` part of a configuration.
       steps: optimizer steps of the whole run.
     """
     return optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        # Not 0: the first step of a run should do something.
+        init_value=config.peak_learning_rate / (config.learning_rate_warmup_steps + 1),
         peak_value=config.peak_learning_rate,
         warmup_steps=config.learning_rate_warmup_steps,
         decay_steps=steps,

@@ -34,9 +34,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
+from s24jax.data import SEPARATOR
 from s24jax.errors import BrokenEnvironment, InvalidInput
-
-SEPARATOR = 0  # follows every document; no document contains it
 
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
@@ -103,7 +102,7 @@ def fingerprint(corpus: Corpus, sequence_length: int, validation_share: float) -
         status = os.stat(corpus.root / path)
         files.append((path, status.st_size, status.st_mtime_ns))
     key = json.dumps([str(corpus.root), files, sequence_length, validation_share])
-    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()[:12]
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
 def split_by_file(
@@ -297,7 +296,7 @@ def _write(
         if directory.exists():  # another process was faster
             return
         # array_record raises a RuntimeError, without an error number.
-        if os.strerror(errno.ENOSPC) in str(error):
+        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
             raise BrokenEnvironment(
                 f"data_dir {str(data_dir)!r} is full: free about "
                 f"{sum(metadata['bytes'].values()) * 2 >> 20 or 1} MiB or set another data_dir"

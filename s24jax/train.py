@@ -42,7 +42,7 @@ def train(config, workdir) -> dict | None:
     """
     check(config)
     corpus = data.prepare(config.data, sequence_length=config.sequence_length)
-    workdir = claim(workdir, config, corpus.describe())
+    workdir = claim(workdir, config, corpus.description)
     if (workdir / "summary.json").exists():
         return read_json(workdir / "summary.json")
     with _Run(config, workdir) as run:

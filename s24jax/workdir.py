@@ -43,7 +43,7 @@ def claim(workdir, config, data: dict) -> pathlib.Path:
     Args:
       workdir: made where it does not exist.
       config: the whole configuration.
-      data: the corpus, as `s24jax.data` describes it; "fingerprint" identifies it.
+      data: the corpus, the `description` of `s24jax.data.Dataset`; its "fingerprint" identifies it.
 
     Raises:
       InvalidInput: it belongs to another configuration or corpus, or holds results of unknown

@@ -72,7 +72,7 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
       BrokenEnvironment: the disk is full or not writable; a file already at path is left as it was.
     """
-    text = json.dumps(_plain(value), indent=2, allow_nan=False)
+    text = json.dumps(_strict(_plain(value)), indent=2, allow_nan=False)
     write_bytes(path, (text + "\n").encode())
 
 
@@ -83,8 +83,9 @@ def read_json(path: str | Path) -> Any:
       InvalidInput: there is no such file.
       BrokenEnvironment: the file is not JSON, or cannot be read.
     """
+    data = _read(path, "pass the workdir of a run that has written it")
     try:
-        return json.loads(_read(path, "pass the workdir of a run that has written it"))
+        return json.loads(data)
     except ValueError as error:
         raise BrokenEnvironment(
             f"{path} is not JSON ({error}): restore it, or let the run write it again"
@@ -150,16 +151,16 @@ class MetricWriter:
         """Appends one record.
 
         TensorBoard tags: `run/kind/name` for a number; `run/kind/name/layer_00`, ... and
-        `run/kind/name/mean` for one number per layer. Strings are not sent to TensorBoard.
+        `run/kind/name/mean` for one number per layer. Strings and None go to metrics.jsonl only.
 
         Args:
           kind: train, validation, sparsity or switch.
           run: main or dense_twin.
           step: the training step that the values belong to.
-          **values: Python, NumPy or JAX scalars, strings, lists, or one-dimensional arrays.
+          **values: Python, NumPy or JAX scalars, strings, None, lists or one-dimensional arrays.
         """
         values = {name: _plain(value) for name, value in values.items()}
-        record = {"kind": kind, "run": run, "step": int(step), **values}
+        record = {"kind": kind, "run": run, "step": int(step), **_strict(values)}
         line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
         with writing(self._path):
             while line:
@@ -229,10 +230,17 @@ class Progress:
             )
 
     def update(
-        self, step: int, *, loss: float, tokens_per_second: float, zero_share: float | None = None
+        self,
+        step: int,
+        *,
+        loss: float,
+        tokens_per_second: float | None = None,
+        zero_share: float | None = None,
     ) -> None:
         """Shows the state after step: loss in nats, tokens per second, zero share in 0..1."""
-        text = f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s"
+        text = f"loss {loss:.4f}"
+        if tokens_per_second is not None:
+            text += f", {tokens_per_second:,.0f} tokens/s"
         if zero_share is not None:
             text += f", zeros {100 * zero_share:.1f} %"
         if self._bar is not None:
@@ -266,7 +274,7 @@ class Progress:
 
 
 def _plain(value: Any) -> Any:
-    """value in JSON's types: arrays as lists, NaN and infinities as None."""
+    """value in Python's own types, arrays as lists."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -274,23 +282,27 @@ def _plain(value: Any) -> Any:
     if isinstance(value, jax.Array):
         # An explicit transfer: the training loop forbids implicit ones.
         value = jax.device_get(value)
-    if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+
+
+def _strict(value: Any) -> Any:
+    """A plain value with None for NaN and infinities, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _scalars(tag: str, value: Any) -> list[Summary.Value]:
-    """TensorBoard's values of one plain value; null is a number that was not finite."""
-    if isinstance(value, str):
+    """TensorBoard's values of one plain value."""
+    if value is None or isinstance(value, str):
         return []
     if not isinstance(value, list):
-        return [Summary.Value(tag=tag, simple_value=math.nan if value is None else value)]
-    numbers = [math.nan if number is None else number for number in value]
-    layers = {f"layer_{layer:02d}": number for layer, number in enumerate(numbers)}
-    if numbers:
-        layers["mean"] = sum(numbers) / len(numbers)
+        return [Summary.Value(tag=tag, simple_value=value)]
+    layers = {f"layer_{layer:02d}": number for layer, number in enumerate(value)}
+    if value:
+        layers["mean"] = sum(value) / len(value)
     return [Summary.Value(tag=f"{tag}/{name}", simple_value=x) for name, x in layers.items()]
 
 

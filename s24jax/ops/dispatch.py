@@ -73,7 +73,7 @@ def resolve(
             continue
         reason = candidate.reason_against(*args, **kwargs)
         if reason is None:
-            return _record(op, requested, candidate, reasons, existing)
+            return _record(op, requested, candidate, reasons, len(candidates))
         reasons.append(f"{candidate.name}: {reason}")
     against = "; ".join(reasons) or f"it exists as {existing}"
     raise Unsupported(
@@ -81,11 +81,12 @@ def resolve(
     )
 
 
-def _record(op, requested, candidate, reasons, existing) -> Candidate:
+def _record(op, requested, candidate, reasons, existing: int) -> Candidate:
     if requested != "auto":
         reason = "named by the caller"
     else:
-        reason = "; ".join(reasons) or f"first choice among: {existing}"
+        first = "the only implementation" if existing == 1 else "the preferred implementation"
+        reason = "; ".join(reasons) or first
     choice = Choice(op, requested, candidate.name, reason)
     if choice not in _choices:
         _choices[choice] = None

@@ -1,0 +1,389 @@
+"""Text as bytes: from a source to batches of token windows.
+
+    source              "stdlib", a folder, a glob, or "tfds:NAME" (a tensorflow-datasets dataset)
+    prepare             -> two random-access sources on disk, train and validation
+    train_iterator      -> batches without end, shuffled, sharded by process, exactly resumable
+    validation_batches  -> always the same batches
+
+A token is a byte: nothing is learnt before training, and every text is in the vocabulary. Local
+files are packed into windows once, on disk (text_corpus.py); catalogue documents while they are
+read. A window has sequence_length + 1 tokens: all but its last are the inputs, all but its first
+the targets.
+
+`config` has the fields source; pattern (a glob below a folder or the stdlib); validation_share (of
+the files; of the documents where a catalogue dataset has no validation split); data_dir ("" is
+s24jax/datasets in the user's cache); text_feature (a catalogue dataset's key for the text).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from s24jax.errors import BrokenEnvironment, InvalidInput
+
+VOCABULARY = 256
+SEPARATOR = 0  # the token after every document; no document contains it
+
+_READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+# Windows of catalogue documents that are shuffled together, so that no batch is one long document.
+_SHUFFLED_TOGETHER = 4096
+
+
+def encode(text: str) -> np.ndarray:
+    """The UTF-8 bytes of `text`, int32 [number of bytes]."""
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def decode(tokens: Any) -> str:
+    """The text of integer `tokens` [n]; what is not UTF-8, or no byte at all, becomes U+FFFD."""
+    tokens = np.asarray(tokens, dtype=np.int64)
+    no_byte = (tokens < 0) | (tokens >= VOCABULARY)
+    # 255 occurs nowhere in UTF-8.
+    return np.where(no_byte, 255, tokens).astype(np.uint8).tobytes().decode(errors="replace")
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWindows:
+    """Windows on disk, one per record."""
+
+    records: Sequence[bytes]
+    sequence_length: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def batches(self, order: grain.MapDataset, batch_size: int) -> grain.IterDataset:
+        """int32 [batch_size, sequence_length + 1] from the records that `order` lists."""
+        indices = order.batch(batch_size, drop_remainder=True)
+        return indices.map(self._read).to_iter_dataset(_READ_AHEAD)
+
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        # One call for a batch and no parsing: 3 times as fast as record by record through tfds. A
+        # record is a tf.train.Example with a single feature of fixed size, so it ends in the bytes.
+        records = self.records.__getitems__(indices.tolist())
+        examples = np.frombuffer(b"".join(records), np.uint8).reshape(len(records), -1)
+        return examples[:, -(self.sequence_length + 1) :].astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Documents on disk, one per record, packed into windows while they are read."""
+
+    records: Sequence[dict[str, Any]]
+    sequence_length: int
+    text_feature: str
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def windows(self, order: grain.MapDataset) -> grain.IterDataset:
+        """uint8 [sequence_length + 1] from the documents that `order` lists, in their order."""
+        from s24jax.text_corpus import PackWindows
+
+        documents = order.map(self._read).to_iter_dataset(_READ_AHEAD)
+        return PackWindows(documents, self.sequence_length)
+
+    def batches(self, order: grain.MapDataset, batch_size: int) -> grain.IterDataset:
+        """int32 [batch_size, sequence_length + 1] from the documents that `order` lists."""
+        windows = grain.experimental.WindowShuffleIterDataset(
+            self.windows(order), window_size=_SHUFFLED_TOGETHER, seed=0
+        )
+        return windows.batch(batch_size, drop_remainder=True, batch_fn=_stack)
+
+    def _read(self, index: int) -> np.ndarray:
+        text = self.records[index][self.text_feature]
+        if not isinstance(text, bytes):
+            raise InvalidInput(
+                f"text_feature {self.text_feature!r} holds {type(text).__name__}, not text"
+            )
+        return np.frombuffer(text.replace(bytes([SEPARATOR]), b""), np.uint8)
+
+
+def _stack(windows: Sequence[np.ndarray]) -> np.ndarray:
+    return np.stack(windows).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """Two random-access sources, and what a run's record says of them (plain JSON values):
+
+    name, source, fingerprint (changes with the data and the packing), sequence_length, and per
+    split documents, bytes of text and windows (None where only reading everything could tell);
+    skipped: files left out of a local corpus.
+    """
+
+    train: PackedWindows | Documents
+    validation: PackedWindows | Documents
+    description: dict[str, Any]
+
+
+def train_iterator(
+    config: Any,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Batches without end: int32 numpy arrays [batch_size, sequence_length + 1].
+
+    Each epoch has its own global shuffle, a function of seed and epoch. The shuffled records are
+    dealt out to the processes in turn: together they read each record once per epoch, and of a
+    local corpus the global batch does not depend on process_count (batch_size is per process).
+    `get_state()` is JSON-able and `set_state()` goes on exactly there.
+
+    Raises:
+        InvalidInput, BrokenEnvironment: as `prepare`; batch_size, seed or process_index is wrong.
+    """
+    _require_positive(batch_size=batch_size, process_count=process_count)
+    if not 0 <= process_index < process_count:
+        raise InvalidInput(
+            f"process_index {process_index} is not below process_count {process_count}"
+        )
+    if seed < 0:
+        raise InvalidInput(f"seed {seed} must not be negative")
+    train = prepare(config, sequence_length=sequence_length).train
+    # Through .seed, which hashes: shuffle(seed=s) has the epochs of shuffle(seed=s + 1), one later.
+    order = grain.MapDataset.range(len(train)).seed(seed).shuffle().repeat()
+    return iter(train.batches(order[process_index::process_count], batch_size))
+
+
+def validation_batches(
+    config: Any, *, sequence_length: int, batch_size: int, num_batches: int
+) -> list[np.ndarray]:
+    """Up to num_batches int32 arrays [batch_size, sequence_length + 1], always the same.
+
+    A fixed shuffle spreads them over the validation split; no window occurs twice.
+
+    Raises:
+        InvalidInput: the split holds less than one batch; and as `prepare`.
+    """
+    _require_positive(batch_size=batch_size, num_batches=num_batches)
+    dataset = prepare(config, sequence_length=sequence_length)
+    order = grain.MapDataset.range(len(dataset.validation)).seed(0).shuffle()
+    batches = dataset.validation.batches(order, batch_size)
+    batches = list(itertools.islice(batches, num_batches))
+    if not batches:
+        raise InvalidInput(
+            f"{dataset.description['source']}: the validation split holds fewer windows of "
+            f"sequence_length {sequence_length} than one batch, batch_size {batch_size}: lower one "
+            "of them or raise validation_share"
+        )
+    return batches
+
+
+def prepare(config: Any, *, sequence_length: int) -> Dataset:
+    """Finds the dataset of `config` on disk; packs local files first where that was not yet done.
+
+    Nothing is ever downloaded.
+
+    Raises:
+        InvalidInput: the source names nothing, or too little text.
+        BrokenEnvironment: a catalogue dataset is not on disk (as array_record); data_dir cannot be
+            written, is full or damaged.
+    """
+    _require_positive(sequence_length=sequence_length)
+    if not 0 < config.validation_share < 1:
+        raise InvalidInput(f"validation_share {config.validation_share} must lie between 0 and 1")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "s24jax" / "datasets"
+    data_dir = Path(config.data_dir or cache).expanduser().absolute()
+    if config.source.startswith("tfds:"):
+        return _catalogue_dataset(config, sequence_length, data_dir)
+    return _local_dataset(config, sequence_length, data_dir)
+
+
+def _local_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset:
+    from s24jax import text_corpus
+
+    directory = text_corpus.prepare_text_corpus(
+        text_corpus.find_corpus(config.source, config.pattern),
+        sequence_length=sequence_length,
+        validation_share=config.validation_share,
+        data_dir=data_dir,
+    )
+    builder = _open(directory)
+    sources = {
+        split: PackedWindows(_records(builder, split, "RAW_BYTES"), sequence_length)
+        for split in ("train", "validation")
+    }
+    return Dataset(**sources, description=dict(builder.info.metadata))
+
+
+def _catalogue_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset:
+    directory = _find_in_catalogue(config.source.removeprefix("tfds:"), data_dir)
+    builder = _open(directory)
+    if config.text_feature not in builder.info.features:
+        raise InvalidInput(
+            f"{directory} has no text_feature {config.text_feature!r}, only "
+            f"{sorted(builder.info.features)}"
+        )
+    splits = _catalogue_splits(builder, config.validation_share)
+    sources = {}
+    for name, split in splits.items():
+        records = _records(builder, split, "DESERIALIZE_AND_DECODE")
+        sources[name] = Documents(records, sequence_length, config.text_feature)
+        if next(iter(sources[name].windows(grain.MapDataset.range(len(records)))), None) is None:
+            raise InvalidInput(
+                f"{directory}: the text of split {split!r} does not fill one window of "
+                f"{sequence_length + 1} bytes: lower sequence_length"
+            )
+    information = (directory / "dataset_info.json").read_bytes()
+    description = {
+        "name": builder.info.full_name,
+        "source": str(directory),
+        "fingerprint": hashlib.sha256(information).hexdigest()[:12],
+        "sequence_length": sequence_length,
+        "documents": {name: len(documents) for name, documents in sources.items()},
+        "bytes": dict.fromkeys(splits),
+        "windows": dict.fromkeys(splits),
+        "skipped": {},
+    }
+    return Dataset(**sources, description=description)
+
+
+def _catalogue_splits(builder: Any, validation_share: float) -> dict[str, str]:
+    """The tfds splits to read: validation is "validation", "test" or the head of "train"."""
+    sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
+    train = sizes.get("train", 0)
+    held_out = max(1, round(validation_share * train))
+    if train <= held_out:
+        raise InvalidInput(
+            f"{builder.data_dir} has the splits {sizes}: a train split of 2 documents or more is "
+            f"needed, and validation_share {validation_share} must leave some of them"
+        )
+    for name in ("validation", "test"):
+        if sizes.get(name):
+            return {"train": "train", "validation": name}
+    return {"train": f"train[{held_out}:]", "validation": f"train[:{held_out}]"}
+
+
+def _open(directory: Path) -> Any:
+    """The read-only tfds builder of the dataset in `directory`."""
+    import tensorflow_datasets as tfds
+
+    with _blaming(directory):
+        builder = tfds.builder_from_directory(directory)
+        for split in builder.info.splits.values():
+            for path in split.filepaths:
+                os.stat(path)
+    if (file_format := builder.info.file_format.value) != "array_record":
+        raise BrokenEnvironment(
+            f"{directory} is stored as {file_format}, which has no random access: prepare it in "
+            "another data_dir with file_format='array_record'"
+        )
+    return builder
+
+
+def _records(builder: Any, split: str, method: str) -> Sequence[Any]:
+    import tensorflow_datasets as tfds
+
+    with _blaming(builder.data_dir):
+        records = builder.as_data_source(
+            split, deserialize_method=tfds.decode.DeserializeMethod[method]
+        )
+        records[len(records) - 1]  # noqa: B018 (a file that was cut off shows now, not in training)
+    return records
+
+
+@contextlib.contextmanager
+def _blaming(directory: Path | str) -> Iterator[None]:
+    """What fails while a dataset is opened is the dataset: tfds, protobuf and array_record each
+    have their own exceptions for a missing, empty or cut-off file."""
+    from s24jax.text_corpus import quiet
+
+    try:
+        with quiet():
+            yield
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise BrokenEnvironment(
+            f"{directory} cannot be opened ({reason}): if it is damaged, delete it and run again"
+        ) from error
+
+
+def _find_in_catalogue(name: str, data_dir: Path) -> Path:
+    """The folder of the newest version of NAME or NAME/CONFIG below data_dir.
+
+    Read off the disk: tfds itself would turn to the network, and hang for minutes without one.
+    """
+    if not re.fullmatch(r"\w+(/[\w.-]+)?", name):
+        raise InvalidInput(f"source 'tfds:{name}': write tfds:NAME or tfds:NAME/CONFIG")
+    dataset = name.partition("/")[0]
+    variants = {key: versions[-1] for key, versions in _variants(data_dir, dataset).items()}
+    if name in variants:
+        return variants[name]
+    if name == dataset and len(variants) == 1:
+        return next(iter(variants.values()))
+    if variants:
+        raise InvalidInput(
+            f"source 'tfds:{name}': {data_dir} holds {', '.join(f'tfds:{key}' for key in variants)}"
+        )
+    raise _not_on_disk(name, data_dir)
+
+
+def _variants(data_dir: Path, dataset: str) -> dict[str, list[Path]]:
+    """NAME or NAME/CONFIG -> the folders of its versions, oldest first."""
+    variants: dict[str, list[Path]] = {}
+    for depth in ("*", "*/*"):
+        for information in (data_dir / dataset).glob(f"{depth}/dataset_info.json"):
+            folder = information.parent
+            if re.fullmatch(r"\d+\.\d+\.\d+", folder.name):  # not one that is being written
+                variant = folder.parent.relative_to(data_dir).as_posix()
+                variants.setdefault(variant, []).append(folder)
+    for versions in variants.values():
+        versions.sort(key=lambda folder: [int(part) for part in folder.name.split(".")])
+    return variants
+
+
+def _not_on_disk(name: str, data_dir: Path) -> Exception:
+    import tensorflow_datasets as tfds
+
+    dataset = name.partition("/")[0]
+    registered = set(tfds.list_builders(with_community_datasets=False))
+    unregistered = _builders_in_source(Path(tfds.__file__).parent) - registered
+    missing = f"'tfds:{name}' is not in data_dir {data_dir}, and s24jax downloads nothing"
+    recipe = (
+        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
+        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
+    )
+    if dataset in registered:
+        return BrokenEnvironment(f"{missing}: where there is a network, run {recipe}")
+    if dataset in unregistered:
+        return BrokenEnvironment(
+            f"{missing}: it cannot be prepared here, without TensorFlow; where TensorFlow and a "
+            f"network are, run {recipe}"
+        )
+    close = difflib.get_close_matches(dataset, registered | unregistered, n=3)
+    hint = f"did you mean {', '.join(f'tfds:{c}' for c in close)}?" if close else "check the name"
+    return InvalidInput(f"{missing}; the tfds catalogue has no {dataset!r} either: {hint}")
+
+
+def _builders_in_source(package: Path) -> set[str]:
+    """The names of all datasets of tfds, read off its class definitions: without TensorFlow it
+    registers 246 of 446."""
+    from tensorflow_datasets.core.naming import camelcase_to_snakecase
+
+    definition = re.compile(r"^class (\w+)\((?!.*(?:Config|Test))", re.MULTILINE)
+    return {
+        camelcase_to_snakecase(builder)
+        for path in package.rglob("*.py")
+        if "core" not in path.parts[len(package.parts) :]
+        for builder in definition.findall(path.read_text(encoding="utf-8"))
+    }
+
+
+def _require_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise InvalidInput(f"{name} {value} must be 1 or more")

@@ -1,0 +1,85 @@
+"""The split into dense and sparse features."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s24jax.errors import InvalidInput
+from s24jax.feature_split import dense_feature_count, split_features
+
+SPLIT = jax.jit(split_features, static_argnums=1)
+
+
+@pytest.mark.parametrize(
+    "features, share, multiple, expected",
+    [
+        (3072, 0.05, 128, 256),  # 153.6
+        (8192, 0.05, 128, 512),  # 409.6
+        (2560, 0.05, 128, 128),  # exactly one tile: 0.05 * 2560 in floating point is above 128
+        (1000, 0.1, 100, 100),
+        (300, 0.07, 1, 21),  # 21.000000000000004 in floating point
+        (32, 0.05, 8, 8),
+        (32, 0.25, 8, 8),
+        (32, 0.26, 8, 16),
+        (32, 0.0, 8, 0),
+        (512, 0.05, 16, 32),
+        (32, 1e-05, 8, 8),  # written with an exponent, and still rounded up
+    ],
+)
+def test_dense_features_are_rounded_up(features, share, multiple, expected):
+    assert dense_feature_count(features, share=share, multiple=multiple) == expected
+
+
+@given(st.integers(4, 20000), st.integers(0, 99), st.sampled_from([1, 8, 16, 64, 128]))
+def test_dense_feature_count_against_the_oracle(features, percent, multiple):
+    share = percent / 100
+    expected = oracles.dense_feature_count(features, share, multiple)
+    if expected < features:
+        assert dense_feature_count(features, share=share, multiple=multiple) == expected
+    else:
+        with pytest.raises(InvalidInput):
+            dense_feature_count(features, share=share, multiple=multiple)
+
+
+@pytest.mark.parametrize("features, multiple", [(128, 128), (64, 128), (4, 4)])
+def test_a_split_without_sparse_features_raises(features, multiple):
+    with pytest.raises(InvalidInput) as error:
+        dense_feature_count(features, share=0.05, multiple=multiple)
+    assert oracles.assert_one_line(error) == (
+        f"dense_share=0.05 of F={features} rounded up to dense_multiple={multiple} leaves "
+        "no sparse feature; lower dense_share or dense_multiple"
+    )
+
+
+def test_golden_split():
+    split = split_features(jnp.array([3, 9, 0, 3, 9, 3, 1, 0]), 3)
+    assert split.dense.tolist() == [1, 4, 0]
+    assert sorted(split.sparse.tolist()) == [2, 3, 5, 6, 7]
+
+
+def test_equal_counts_take_the_lowest_features():
+    assert split_features(jnp.full(16, 5), 4).dense.tolist() == [0, 1, 2, 3]
+
+
+@given(st.lists(st.integers(0, 3), min_size=16, max_size=16))
+def test_split_against_the_oracle(counts):
+    """Few distinct counts, so that ties decide; compiled, so that sizes are static."""
+    split = SPLIT(jnp.array(counts), 5)
+    assert split.dense.tolist() == oracles.densest(counts, 5)
+    assert sorted(split.dense.tolist() + split.sparse.tolist()) == list(range(16))
+
+
+def test_no_dense_feature():
+    split = split_features(jnp.arange(8), 0)
+    assert split.dense.shape == (0,)
+    assert sorted(split.sparse.tolist()) == list(range(8))
+
+
+def test_the_same_under_vmap():
+    counts = np.random.default_rng(0).integers(0, 5, (3, 16))
+    split = jax.vmap(lambda counts: split_features(counts, 4))(jnp.asarray(counts))
+    assert split.dense.tolist() == [oracles.densest(row, 4) for row in counts]
