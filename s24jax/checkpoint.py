@@ -30,7 +30,7 @@ class Checkpoints:
     def __init__(self, workdir: str | pathlib.Path, *, keep: int = 1, read_only: bool = False):
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         best = preservation.BestN(
-            get_metric_fn=lambda metrics: metrics["validation_loss"],
+            get_metric_fn=_validation_loss,
             reverse=True,  # the lowest is the best
             n=1,
             keep_checkpoints_without_metrics=False,
@@ -44,6 +44,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
+            best_fn=_validation_loss,  # without it orbax writes no metrics that a restart could read
+            best_mode="min",
             preservation_policy=preservation.AnyPreservationPolicy(
                 [preservation.LatestN(keep), best]
             ),
@@ -156,6 +158,10 @@ class Checkpoints:
             f"cannot save to {self.folder} ({_first_line(error)}); {last}; free disk space or check "
             "the permissions, then run the same command to resume"
         )
+
+
+def _validation_loss(metrics: dict[str, float]) -> float:
+    return metrics["validation_loss"]
 
 
 def _leaves(tree) -> dict[str, str]:

@@ -35,7 +35,9 @@ VOCABULARY = 256
 SEPARATOR = 0  # the token after every document; no document contains it
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Windows of catalogue documents that are shuffled together, so that no batch is one long document.
+# Catalogue documents: a record costs about as much to read as 16, and a batch of windows must not
+# be one long document.
+_READ_TOGETHER = 16
 _SHUFFLED_TOGETHER = 4096
 
 
@@ -88,10 +90,10 @@ class Documents:
 
     def windows(self, order: grain.MapDataset) -> grain.IterDataset:
         """uint8 [sequence_length + 1] from the documents that `order` lists, in their order."""
-        from s24jax.text_corpus import PackWindows
+        from s24jax.text_corpus import CutWindows
 
-        documents = order.map(self._read).to_iter_dataset(_READ_AHEAD)
-        return PackWindows(documents, self.sequence_length)
+        pieces = order.batch(_READ_TOGETHER).map(self._read).to_iter_dataset(_READ_AHEAD)
+        return CutWindows(pieces, self.sequence_length)
 
     def batches(self, order: grain.MapDataset, batch_size: int) -> grain.IterDataset:
         """int32 [batch_size, sequence_length + 1] from the documents that `order` lists."""
@@ -100,13 +102,15 @@ class Documents:
         )
         return windows.batch(batch_size, drop_remainder=True, batch_fn=_stack)
 
-    def _read(self, index: int) -> np.ndarray:
-        text = self.records[index][self.text_feature]
-        if not isinstance(text, bytes):
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        from s24jax.text_corpus import join_documents
+
+        texts = [r[self.text_feature] for r in self.records.__getitems__(indices.tolist())]
+        if not isinstance(texts[0], bytes):
             raise InvalidInput(
-                f"text_feature {self.text_feature!r} holds {type(text).__name__}, not text"
+                f"text_feature {self.text_feature!r} holds {type(texts[0]).__name__}, not text"
             )
-        return np.frombuffer(text.replace(bytes([SEPARATOR]), b""), np.uint8)
+        return join_documents(text.replace(bytes([SEPARATOR]), b"") for text in texts)
 
 
 def _stack(windows: Sequence[np.ndarray]) -> np.ndarray:
@@ -217,7 +221,9 @@ def _local_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset
         split: PackedWindows(_records(builder, split, "RAW_BYTES"), sequence_length)
         for split in ("train", "validation")
     }
-    return Dataset(**sources, description=dict(builder.info.metadata))
+    with _blaming(directory):
+        description = dict(builder.info.metadata)
+    return Dataset(**sources, description=description)
 
 
 def _catalogue_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset:

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib import style
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
@@ -38,6 +39,7 @@ _DROPPED = (
 )
 _ROW_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _ROW_MARKERS = "osD^vPXp"
+_LOSS_DIGITS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
 _STEP = FuncFormatter(lambda step, _: f"{step:,.0f}")
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:.3g}")
@@ -269,7 +271,7 @@ def _dropped_figure(records: list[dict[str, Any]]) -> Figure:
         axes.set_yscale("log")
         # A layer that drops nothing has no place on a log scale: its band runs off the lower edge.
         axes.set_ylim(max(lowest / 1.5, 1e-5), None)
-    axes.yaxis.set_major_formatter(_PERCENT)
+        _set_ticks(axes.yaxis, _log_ticks(axes.get_ylim(), (1, 2, 5)), _PERCENT)
     axes.fill_between([], [], color=_GREY, alpha=0.3, label="band: from the least to the most")
     _finish(figure, axes, records)
     return figure
@@ -369,22 +371,24 @@ def _scale_loss(axes: Axes) -> None:
         return
     low = min(y.min() for y in lines) / 1.04
     high = 1.04 * min(max(y.max() for y in lines), 1.5 * max(y[0] for y in lines))
-    if len(_log_ticks(low, high)) >= 4:
+    ticks = _log_ticks((low, high), _LOSS_DIGITS)
+    if len(ticks) >= 4:
         axes.set_yscale("log")
-        _set_log_ticks(axes.yaxis, low, high)
+        _set_ticks(axes.yaxis, ticks, _NUMBER)
     axes.set_ylim(low, high)
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _log_ticks(limits: tuple[float, float], digits: tuple[float, ...]) -> list[float]:
+    low, high = limits
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [digit * 10.0**p for p in powers for digit in (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)]
+    ticks = [digit * 10.0**power for power in powers for digit in digits]
     return [tick for tick in ticks if low <= tick <= high]
 
 
-def _set_log_ticks(axis: Any, low: float, high: float) -> None:
-    axis.set_major_locator(FixedLocator(_log_ticks(low, high)))
+def _set_ticks(axis: Axis, ticks: list[float], formatter: FuncFormatter) -> None:
+    axis.set_major_locator(FixedLocator(ticks))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(_NUMBER)
+    axis.set_major_formatter(formatter)
 
 
 def _add_bits_axis(axes: Axes, records: list[dict[str, Any]]) -> None:
@@ -398,7 +402,8 @@ def _add_bits_axis(axes: Axes, records: list[dict[str, Any]]) -> None:
     right.set_ylabel("bits per byte")
     if axes.get_yscale() == "log":
         low, high = axes.get_ylim()
-        _set_log_ticks(right.yaxis, low * ratio, high * ratio)
+        ticks = _log_ticks((low * ratio, high * ratio), _LOSS_DIGITS)
+        _set_ticks(right.yaxis, ticks, _NUMBER)
 
 
 @_styled

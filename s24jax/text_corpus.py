@@ -4,7 +4,7 @@ The way of a byte:
 
     find_corpus       a source (folder, glob, "stdlib") -> the files it names
     split_by_file     files -> documents: no binaries, no duplicates; each in train or validation
-    PackWindows       documents -> one stream with separators -> windows of sequence_length + 1
+    CutWindows        documents -> one stream with separators -> windows of sequence_length + 1
     TextCorpus        windows -> array_record files below data_dir, one record per window
 
 Everything here is a function of the files alone: no seed, no clock. Shuffling is up to the reader.
@@ -25,7 +25,7 @@ import re
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,19 +143,19 @@ def split_by_file(
     return {"train": documents[validation:], "validation": documents[:validation]}, dict(skipped)
 
 
-class PackWindows(grain.IterDataset):
-    """Documents (uint8 [n]) to windows (uint8 [sequence_length + 1]), state exactly resumable.
+class CutWindows(grain.IterDataset):
+    """Pieces of a stream (uint8 [n]) to windows (uint8 [sequence_length + 1]), exactly resumable.
 
-    The documents, each followed by SEPARATOR, make one stream. Window k starts at its byte
-    k * sequence_length: the last target of a window is the first input of the next, so every byte
-    of the stream but the first is a target once. The tail that fills no window is dropped.
+    Window k starts at byte k * sequence_length of the stream: the last target of a window is the
+    first input of the next, so every byte but the first is a target once. The tail that fills no
+    window is dropped.
 
     grain's own ConcatThenSplit has no such overlap, and loses a document when its state went
     through JSON, as it does in a checkpoint (0.2.18: it compares a tuple with a list).
     """
 
-    def __init__(self, documents: grain.IterDataset, sequence_length: int):
-        super().__init__(documents)
+    def __init__(self, pieces: grain.IterDataset, sequence_length: int):
+        super().__init__(pieces)
         self._sequence_length = sequence_length
 
     def __iter__(self) -> grain.DatasetIterator:
@@ -163,10 +163,10 @@ class PackWindows(grain.IterDataset):
 
 
 class _WindowIterator(grain.DatasetIterator):
-    def __init__(self, documents: grain.DatasetIterator, sequence_length: int):
-        super().__init__(documents)
+    def __init__(self, pieces: grain.DatasetIterator, sequence_length: int):
+        super().__init__(pieces)
         self._sequence_length = sequence_length
-        # The documents that the next window may touch, each with the parent's state before it.
+        # The pieces that the next window may touch, each with the parent's state before it.
         self._pieces: collections.deque[tuple[dict[str, Any], np.ndarray]] = collections.deque()
         self._start = 0  # of the next window, within the first piece
 
@@ -175,7 +175,7 @@ class _WindowIterator(grain.DatasetIterator):
         available = sum(len(piece) for _, piece in self._pieces)
         while available < end:
             state = self._parent.get_state()
-            piece = np.append(next(self._parent), np.uint8(SEPARATOR))
+            piece = next(self._parent)
             self._pieces.append((state, piece))
             available += len(piece)
         window = np.empty(self._sequence_length + 1, np.uint8)
@@ -191,13 +191,19 @@ class _WindowIterator(grain.DatasetIterator):
         return window
 
     def get_state(self) -> dict[str, Any]:
-        documents = self._pieces[0][0] if self._pieces else self._parent.get_state()
-        return {"documents": documents, "start": self._start}
+        pieces = self._pieces[0][0] if self._pieces else self._parent.get_state()
+        return {"pieces": pieces, "start": self._start}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["documents"])
+        self._parent.set_state(state["pieces"])
         self._pieces.clear()
         self._start = state["start"]
+
+
+def join_documents(documents: Iterable[bytes]) -> np.ndarray:
+    """A piece of the stream: the documents, each followed by SEPARATOR."""
+    separator = bytes([SEPARATOR])
+    return np.frombuffer(b"".join(document + separator for document in documents), np.uint8)
 
 
 class TextCorpus(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -227,8 +233,8 @@ class TextCorpus(tfds.core.ShardBasedBuilder, skip_registration=True):
     def _shards(self, split: str) -> list[Any]:
         """One callable per shard. They are called in order, so they can share one iterator."""
         sequence_length = self._metadata["sequence_length"]
-        documents = grain.MapDataset.source(self._documents[split]).map(_reread)
-        windows = PackWindows(documents.to_iter_dataset(_IN_THIS_THREAD), sequence_length)
+        pieces = grain.MapDataset.source(self._documents[split]).map(_reread)
+        windows = CutWindows(pieces.to_iter_dataset(_IN_THIS_THREAD), sequence_length)
         examples = ((k, {"tokens": window}) for k, window in enumerate(windows))
         count, size = self._metadata["windows"][split], max(1, _SHARD_BYTES // sequence_length)
         sizes = (min(size, count - start) for start in range(0, count, size))
@@ -342,4 +348,4 @@ def _reread(document: Document) -> np.ndarray:
     content = _read(document.path)
     if hashlib.sha256(content).digest() != document.digest:
         raise BrokenEnvironment(f"{document.path} changed while it was being packed: run again")
-    return np.frombuffer(content, np.uint8)
+    return join_documents([content])

@@ -565,9 +565,9 @@ def test_validation_is_always_the_same(shared_config):
 
 
 def document_iterator(documents, length, read_ahead):
-    source = grain.MapDataset.source(documents).map(lambda d: np.frombuffer(d, np.uint8))
+    source = grain.MapDataset.source(documents).map(lambda d: text_corpus.join_documents([d]))
     options = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=2 * read_ahead)
-    return iter(text_corpus.PackWindows(source.to_iter_dataset(options), length))
+    return iter(text_corpus.CutWindows(source.to_iter_dataset(options), length))
 
 
 DOCUMENTS = st.lists(st.binary(max_size=30), min_size=1, max_size=12)
@@ -692,7 +692,7 @@ def test_catalogue_processes_read_different_documents(catalogue, monkeypatch):
     read = []
     for index in range(3):
         iterator = iterate(config, batch_size=1, process_index=index, process_count=3)
-        windows = rows(take(iterator, 45))
+        windows = rows(take(iterator, 100))
         stream = rebuild(windows)
         read.append(stream.decode().split("\0")[:20])
     assert all(len(set(texts)) == 20 for texts in read)
