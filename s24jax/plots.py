@@ -39,7 +39,7 @@ _DROPPED = (
 )
 _ROW_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _ROW_MARKERS = "osD^vPXp"
-_LOSS_DIGITS = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+_LOSS_DIGITS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 _STEP = FuncFormatter(lambda step, _: f"{step:,.0f}")
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 _NUMBER = FuncFormatter(lambda value, _: f"{value:.3g}")
@@ -271,7 +271,7 @@ def _dropped_figure(records: list[dict[str, Any]]) -> Figure:
         axes.set_yscale("log")
         # A layer that drops nothing has no place on a log scale: its band runs off the lower edge.
         axes.set_ylim(max(lowest / 1.5, 1e-5), None)
-        _set_ticks(axes.yaxis, _log_ticks(axes.get_ylim(), (1, 2, 5)), _PERCENT)
+        _set_ticks(axes.yaxis, _log_ticks(axes.get_ylim(), (1.0, 2.0, 5.0)), _PERCENT)
     axes.fill_between([], [], color=_GREY, alpha=0.3, label="band: from the least to the most")
     _finish(figure, axes, records)
     return figure

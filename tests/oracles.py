@@ -179,7 +179,8 @@ def compress(y, axis: int, groups: list[list[int]] | None = None, choose_by=None
     for row in range(rows):
         for g, group in enumerate(groups):
             i0, i1 = two_of_four([rank[row, i] for i in group])
-            values[row, 2 * g], values[row, 2 * g + 1] = lines[row, group[i0]], lines[row, group[i1]]
+            values[row, 2 * g] = lines[row, group[i0]]
+            values[row, 2 * g + 1] = lines[row, group[i1]]
             indices[row, g] = i0, i1
             metadata[row, g // 2] |= (i0 + 4 * i1) << (4 if g % 2 else 0)
         if len(groups) % 2:
@@ -201,10 +202,14 @@ def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return rounded(a.astype(np.float64) @ b.astype(np.float64), a.dtype)
 
 
+def relu(y1: np.ndarray) -> np.ndarray:
+    # Compared in float32: numpy warns of NaN in a 16-bit comparison.
+    return np.where(y1.astype(np.float32) < 0, np.zeros_like(y1), y1)
+
+
 def relu2(y1: np.ndarray) -> np.ndarray:
-    y1_f32 = y1.astype(np.float32)
     with np.errstate(over="ignore", under="ignore"):
-        return rounded(np.where(y1_f32 < 0, np.float32(0), y1_f32) ** 2, y1.dtype)
+        return rounded(relu(y1).astype(np.float32) ** 2, y1.dtype)
 
 
 def relu2_gradient(y2: np.ndarray, dy2: np.ndarray) -> np.ndarray:
@@ -268,7 +273,7 @@ def ffn(
 
     token_mask = np.ones(y2.shape, bool)
     if token_wise:
-        token_mask = prune_mask(np.where(y1 < 0, np.zeros_like(y1), y1), axis=1)
+        token_mask = prune_mask(relu(y1), axis=1)
     y3 = product(keep(y2, token_mask), w_down)
 
     # The backward pass starts from what was saved: dropped values never return, or never left.

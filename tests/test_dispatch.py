@@ -111,7 +111,7 @@ def test_auto_that_every_candidate_refuses_raises_with_all_reasons():
 
 
 def test_auto_takes_the_first_that_can():
-    candidates = [Candidate("cuda", never), Candidate("triton", never), Candidate("reference", never)]
+    candidates = [Candidate(name, never) for name in ("cuda", "triton", "reference")]
     assert dispatch.resolve("fake.first", "auto", candidates).name == "cuda"
     assert dispatch.choices()[-1] == Choice(
         "fake.first", "auto", "cuda", "first choice among: cuda, triton, reference")
@@ -136,7 +136,9 @@ def test_another_reason_is_another_choice():
     candidates = [Candidate("triton", never, lambda size: None if size > 8 else f"size {size}"),
                   Candidate("reference", never)]
     before = len(dispatch.choices())
-    names = [dispatch.resolve("fake.sizes", "auto", candidates, size).name for size in (4, 16, 4, 8)]
+    names = [
+        dispatch.resolve("fake.sizes", "auto", candidates, size).name for size in (4, 16, 4, 8)
+    ]
     assert names == ["reference", "triton", "reference", "reference"]
     assert [(c.implementation, c.reason) for c in dispatch.choices()[before:]] == [
         ("reference", "triton: size 4"),
@@ -202,7 +204,9 @@ def test_ffn24_refuses_by_name_too():
 
 def test_ffn24_by_name_equals_auto_on_this_machine():
     rng = np.random.default_rng(0)
-    x, w_up, w_down = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 8), (32, 8), (32, 8)))
+    x, w_up, w_down = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((8, 8), (32, 8), (32, 8))
+    )
     recipe = Recipe(dense_multiple=8)
     named, auto = (ffn24(x, w_up, w_down, recipe=recipe, implementation=i)
                    for i in ("reference", "auto"))

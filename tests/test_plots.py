@@ -159,6 +159,14 @@ def test_the_switch_is_marked_and_labelled(name):
     assert [SWITCH, SWITCH] in [list(line.get_xdata()) for line in axes.lines]
 
 
+@pytest.mark.parametrize(("switch", "side"), [(1, "left"), (STEPS, "right")])
+def test_the_mark_of_the_switch_stays_inside_the_figure(switch, side):
+    records = make_records(twin=False)
+    records[0]["step"] = switch
+    axes = run_figures(records)["loss"].axes[0]
+    assert axes.texts[0].get_horizontalalignment() == side
+
+
 def test_a_run_without_a_switch_has_no_mark():
     records = [r for r in make_records(twin=False) if r["kind"] != "switch"]
     assert all(texts(figure.axes[0]) == [] for figure in run_figures(records).values())

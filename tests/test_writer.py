@@ -188,6 +188,15 @@ def test_json_keeps_its_order_and_is_strict(tmp_path):
     assert read_json(path) == {"b": 0.5, "a": [None, 2], "c": {"x": [1]}}
 
 
+def test_json_is_replaced_whole_under_an_open_reader(tmp_path):
+    path = tmp_path / "summary.json"
+    write_json(path, "old")
+    with open(path) as reader:
+        write_json(path, "new")
+        assert reader.read() == '"old"\n'
+    assert read_json(path) == "new"
+
+
 def test_read_json_errors_are_one_line(tmp_path):
     path = tmp_path / "run.json"
     with pytest.raises(InvalidInput) as error:
