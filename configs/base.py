@@ -100,7 +100,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def vary(config: ConfigDict, mode: str, **variants: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
+def vary(
+    config: ConfigDict, mode: str, **variants: Callable[[ConfigDict], ConfigDict]
+) -> ConfigDict:
     """The variant that stands behind the colon of --config=FILE:MODE; "" is the config itself.
 
     Raises:
@@ -108,6 +110,8 @@ def vary(config: ConfigDict, mode: str, **variants: Callable[[ConfigDict], Confi
     """
     variants["smoke"] = smoke
     if mode and mode not in variants:
-        raise InvalidInput(f"{config.name} has no variant {mode!r}; "
-                           f"write one of {', '.join(sorted(variants))} after the colon, or none")
+        raise InvalidInput(
+            f"{config.name} has no variant {mode!r}; "
+            f"write one of {', '.join(sorted(variants))} after the colon, or none"
+        )
     return variants[mode](config) if mode else config

@@ -1,6 +1,6 @@
 """Validation loss of a run's checkpoint, in the mode of its step or in another.
 
-    python -m experiments.evaluate --workdir=DIR [--mode=dense|sparse24] [--step=N]
+python -m experiments.evaluate --workdir=DIR [--mode=dense|sparse24] [--step=N]
 """
 
 import json

@@ -1,6 +1,6 @@
 """Draws the figures of a run, or of a sweep, anew.
 
-    python -m experiments.plot --workdir=DIR
+python -m experiments.plot --workdir=DIR
 """
 
 from absl import flags

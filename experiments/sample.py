@@ -1,6 +1,6 @@
 """Text from a run's checkpoint.
 
-    python -m experiments.sample --workdir=DIR --prompt=TEXT [--tokens=N] [--mode=dense|sparse24]
+python -m experiments.sample --workdir=DIR --prompt=TEXT [--tokens=N] [--mode=dense|sparse24]
 """
 
 from absl import flags
@@ -20,8 +20,13 @@ STEP = flags.DEFINE_integer("step", None, "Which checkpoint. Default: the last."
 def main() -> None:
     print(
         sample(
-            WORKDIR.value, PROMPT.value, tokens=TOKENS.value, temperature=TEMPERATURE.value,
-            seed=SEED.value, mode=MODE.value, step=STEP.value,
+            WORKDIR.value,
+            PROMPT.value,
+            tokens=TOKENS.value,
+            temperature=TEMPERATURE.value,
+            seed=SEED.value,
+            mode=MODE.value,
+            step=STEP.value,
         )
     )
 

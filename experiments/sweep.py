@@ -1,6 +1,6 @@
 """Trains every row of a sweep, or goes on with it; ends with table.md and a figure.
 
-    python -m experiments.sweep --sweep=configs/sweeps/X.py --workdir=DIR [--sweep.config.a.b=v]
+python -m experiments.sweep --sweep=configs/sweeps/X.py --workdir=DIR [--sweep.config.a.b=v]
 """
 
 from absl import flags
@@ -9,7 +9,9 @@ from experiments import cli
 from s24jax.sweep import run_sweep, table
 
 SWEEP = cli.define_config("sweep", "The sweep's configuration.")
-WORKDIR = flags.DEFINE_string("workdir", None, "The sweep's folder; made, or resumed.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "The sweep's folder; made, or resumed.", required=True
+)
 
 
 def main() -> None:

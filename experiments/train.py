@@ -1,6 +1,6 @@
 """Trains one configuration, or goes on with it.
 
-    python -m experiments.train --config=configs/X.py --workdir=DIR [--config.a.b=v]
+python -m experiments.train --config=configs/X.py --workdir=DIR [--config.a.b=v]
 """
 
 from absl import flags

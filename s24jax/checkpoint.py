@@ -44,15 +44,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
-            best_fn=_validation_loss,  # without it orbax writes no metrics that a restart could read
+            best_fn=_validation_loss,  # without it orbax writes no metrics for a restart to read
             best_mode="min",
             preservation_policy=preservation.AnyPreservationPolicy(
                 [preservation.LatestN(keep), best]
             ),
         )
-        self._manager = ocp.CheckpointManager(
-            self.folder, options=options, item_handlers=handlers
-        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, ascending."""
@@ -87,7 +85,7 @@ class Checkpoints:
             raise self._save_failed(error) from error
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk; raises BrokenEnvironment where that failed."""
+        """Returns when all that was saved is on disk; a BrokenEnvironment where that failed."""
         try:
             self._manager.wait_until_finished()
         except Exception as error:
@@ -109,8 +107,10 @@ class Checkpoints:
         if not steps:
             raise InvalidInput(f"no checkpoint in {self.folder}; train into this workdir first")
         if step is not None and step not in steps:
-            raise InvalidInput(f"no checkpoint of step {step} in {self.folder}; "
-                               f"there are {', '.join(map(str, steps))}")
+            raise InvalidInput(
+                f"no checkpoint of step {step} in {self.folder}; "
+                f"there are {', '.join(map(str, steps))}"
+            )
         step = steps[-1] if step is None else step
         self._check_leaves(step, like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -147,16 +147,18 @@ class Checkpoints:
             earlier = [other for other in self.steps() if other < step]
             fallback = f"step {earlier[-1]}" if earlier else "the start"
             raise BrokenEnvironment(
-                f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); it was "
-                f"left as it is; move that folder away to go on from {fallback}"
+                f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); it "
+                f"was left as it is; move that folder away to go on from {fallback}"
             ) from error
 
     def _save_failed(self, error: Exception) -> BrokenEnvironment:
         complete = self.steps()
-        last = f"the last good checkpoint is step {complete[-1]}" if complete else "there is none yet"
+        last = (
+            f"the last good checkpoint is step {complete[-1]}" if complete else "there is none yet"
+        )
         return BrokenEnvironment(
-            f"cannot save to {self.folder} ({_first_line(error)}); {last}; free disk space or check "
-            "the permissions, then run the same command to resume"
+            f"cannot save to {self.folder} ({_first_line(error)}); {last}; free disk space or "
+            "check the permissions, then run the same command to resume"
         )
 
 

@@ -32,18 +32,18 @@ import numpy as np
 from s24jax.errors import BrokenEnvironment, InvalidInput
 
 VOCABULARY = 256
-SEPARATOR = 0  # the token after every document; no document contains it
+SEPARATOR = 0  # text_corpus.SEPARATOR, here for those who do without importing tensorflow_datasets
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
-# Catalogue documents: a record costs about as much to read as 16, and a batch of windows must not
-# be one long document.
+# Catalogue documents: 16 are read at once, which costs little more than one; 4096 windows are
+# shuffled together, so that a batch is not one long document.
 _READ_TOGETHER = 16
 _SHUFFLED_TOGETHER = 4096
 
 
 def encode(text: str) -> np.ndarray:
-    """The UTF-8 bytes of `text`, int32 [number of bytes]."""
-    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+    """The UTF-8 bytes of `text`, int32 [number of bytes]; of a command line, the bytes as typed."""
+    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
 
 
 def decode(tokens: Any) -> str:
@@ -110,8 +110,8 @@ def _stack(windows: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _read_feature(records: Sequence[bytes], indices: np.ndarray, name: str) -> list[bytes]:
-    """The bytes of one feature. A record is a tf.train.Example; tfds would decode all of its
-    features, and one record at a time: 5 times as long."""
+    """The bytes of one feature. A record is a tf.train.Example; to let tfds decode all of it takes
+    1.7 times as long (64 windows of 257 bytes), to read record by record 3.5 times."""
     from tensorflow_datasets.proto import tf_example_pb2
 
     values = []
@@ -248,11 +248,12 @@ def _catalogue_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dat
                 f"{directory}: the text of split {split!r} does not fill one window of "
                 f"{sequence_length + 1} bytes: lower sequence_length"
             )
-    information = (directory / "dataset_info.json").read_bytes()
+    packing = f"{sequence_length} {splits} {config.text_feature}"
+    state = (directory / "dataset_info.json").read_bytes() + packing.encode()
     description = {
         "name": builder.info.full_name,
         "source": str(directory),
-        "fingerprint": hashlib.sha256(information).hexdigest()[:12],
+        "fingerprint": hashlib.sha256(state).hexdigest()[:12],
         "sequence_length": sequence_length,
         "documents": {name: len(documents) for name, documents in sources.items()},
         "bytes": dict.fromkeys(splits),

@@ -1,6 +1,6 @@
 """What s24jax finds on this machine, and what each op would resolve to, and why.
 
-    python -m s24jax.doctor
+python -m s24jax.doctor
 """
 
 from collections.abc import Callable

@@ -42,8 +42,10 @@ def restore_run(workdir, *, step: int | None = None) -> tuple:
 def choose_mode(requested: str | None, own: FFNMode, config) -> FFNMode:
     """The mode that a command line asked for; the checkpoint's own where it asked for none."""
     if requested == "sparse24" and config.model.ffn != "relu2_24":
-        raise InvalidInput(f"--mode=sparse24 needs model.ffn=relu2_24, this run has "
-                           f"{config.model.ffn!r}; use --mode=dense")
+        raise InvalidInput(
+            f"--mode=sparse24 needs model.ffn=relu2_24, this run has "
+            f"{config.model.ffn!r}; use --mode=dense"
+        )
     return requested or own
 
 
@@ -61,7 +63,9 @@ def evaluate(workdir, *, mode: FFNMode | None = None, step: int | None = None) -
     config, program, state, own_mode = restore_run(workdir, step=step)
     mode = choose_mode(mode, own_mode, config)
     batches = validation_batches(
-        config.data, sequence_length=config.sequence_length, batch_size=config.batch_size,
+        config.data,
+        sequence_length=config.sequence_length,
+        batch_size=config.batch_size,
         num_batches=config.validation_batches,
     )
     loss = mean_loss(program, state.params, batches, mode)
@@ -72,5 +76,3 @@ def evaluate(workdir, *, mode: FFNMode | None = None, step: int | None = None) -
         "bits_per_byte": bits_per_byte(loss),
         "tokens": len(batches) * config.batch_size * config.sequence_length,
     }
-
-

@@ -44,8 +44,8 @@ def ffn24(
 ) -> Float[Array, "... D"]:
     """Squared-ReLU FFN, Y3 = relu(X @ W_up^T)^2 @ W_down, with 2:4 sparse activations.
 
-    Its gradient is the recipe's (module docstring), which is no derivative of the forward pass where
-    `recipe.feature_wise` prunes the weight gradients. Works under jit, grad, vmap, remat and scan.
+    Its gradient is the recipe's (module docstring), which is no derivative of the forward pass
+    where `recipe.feature_wise` prunes the weight gradients. Works under jit, grad, vmap, remat and scan.
 
     Args:
       x: activations; all axes but the last are tokens, of any number T. Groups of tokens are formed
@@ -107,7 +107,11 @@ def _ffn24_backward(recipe, implementation, saved, dy3_TD):
     if recipe.feature_wise:
         split = split_features(counts_F, recipe.dense_features(counts_F.size))
         y2_split, dy1_split = feature_wise24(
-            y2, dy1, split, grouping=recipe.grouping, shared_mask=recipe.shared_feature_mask,
+            y2,
+            dy1,
+            split,
+            grouping=recipe.grouping,
+            shared_mask=recipe.shared_feature_mask,
             implementation=implementation,
         )
         dw_down_FD = _split_gradient(y2_split, dy3_TD, split, implementation)
@@ -124,7 +128,7 @@ _ffn24.defvjp(_ffn24_forward, _ffn24_backward)
 def _split_gradient(
     a: SplitOperand, b_TD: Float[Array, "T D"], split: FeatureSplit, implementation: Implementation
 ) -> Float[Array, "F D"]:
-    """A^T @ B with A's sparse features in 2:4 form and its dense ones dense, rows in their place."""
+    """A^T @ B, A's sparse features in 2:4 form, its dense ones dense; rows in their place."""
     features = split.sparse.size + split.dense.size
     dw_FD = jnp.zeros((features, b_TD.shape[1]), b_TD.dtype)
     dw_FD = dw_FD.at[split.sparse].set(matmul24(a.sparse, b_TD, implementation=implementation))
@@ -143,7 +147,8 @@ def _check(x: Array, w_up: Array, w_down: Array, recipe: Recipe) -> None:
         )
     if not x.dtype == w_up.dtype == w_down.dtype:
         raise InvalidInput(
-            f"ffn24: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; cast them to one dtype"
+            f"ffn24: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; "
+            "cast them to one dtype"
         )
     features = w_up.shape[0]
     if features % 4:

@@ -41,6 +41,7 @@ class FFN(nnx.Module):
       kind: see above.
       recipe: of relu2_24.
       implementation: of relu2_24's ops; the other kinds are compiled by XLA alone.
+      output_gain: factor on the initial w_down.
       dtype: computation; parameters are float32.
 
     Raises:
@@ -56,31 +57,40 @@ class FFN(nnx.Module):
         *,
         recipe: Recipe = Recipe(),
         implementation: Implementation = "auto",
+        output_gain: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
     ):
         if kind not in get_args(FFNKind):
-            raise InvalidInput(f"ffn kind {kind!r} does not exist; "
-                               f"use one of {', '.join(get_args(FFNKind))}")
+            raise InvalidInput(
+                f"ffn kind {kind!r} does not exist; use one of {', '.join(get_args(FFNKind))}"
+            )
         if kind == "relu2_24":
             check_hidden(hidden, recipe)
         else:
             only_xla = [dispatch.Candidate("reference", nnx.identity)]
             dispatch.resolve(f"ffn {kind}", implementation, only_xla)
-        self.kind, self.recipe, self.implementation, self.dtype = kind, recipe, implementation, dtype
-        fan_in = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
-        fan_hidden = nnx.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=0, out_axis=1)
-        self.w_up = nnx.Param(fan_in(rngs.params(), (hidden, width)))
-        self.w_down = nnx.Param(fan_hidden(rngs.params(), (hidden, width)))
+        self.kind, self.recipe, self.implementation, self.dtype = (
+            kind,
+            recipe,
+            implementation,
+            dtype,
+        )
+        up = nnx.initializers.normal(width**-0.5)
+        down = nnx.initializers.normal(output_gain * hidden**-0.5)
+        self.w_up = nnx.Param(up(rngs.params(), (hidden, width)))
+        self.w_down = nnx.Param(down(rngs.params(), (hidden, width)))
         if kind == "swiglu":
-            self.w_gate = nnx.Param(fan_in(rngs.params(), (hidden, width)))
+            self.w_gate = nnx.Param(up(rngs.params(), (hidden, width)))
 
     def __call__(self, x: Float[Array, "... D"], mode: FFNMode = "dense") -> Float[Array, "... D"]:
         w_up, w_down = self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype)
         if mode == "sparse24":
             if self.kind != "relu2_24":
-                raise InvalidInput(f"mode 'sparse24' needs ffn kind 'relu2_24', this model has "
-                                   f"{self.kind!r}; use mode 'dense'")
+                raise InvalidInput(
+                    f"mode 'sparse24' needs ffn kind 'relu2_24', this model has "
+                    f"{self.kind!r}; use mode 'dense'"
+                )
             return ffn24(x, w_up, w_down, recipe=self.recipe, implementation=self.implementation)
         y1 = self.pre_activation(x)
         if self.kind == "swiglu":
@@ -97,7 +107,9 @@ class FFN(nnx.Module):
 def check_hidden(hidden: int, recipe: Recipe) -> None:
     """Raises InvalidInput where F cannot be pruned by this recipe."""
     if hidden % 4:
-        raise InvalidInput(f"hidden width F={hidden} is no multiple of 4; use {hidden + -hidden % 4}")
+        raise InvalidInput(
+            f"hidden width F={hidden} is no multiple of 4; use {hidden + -hidden % 4}"
+        )
     if recipe.feature_wise:
         recipe.dense_features(hidden)
 
@@ -128,14 +140,27 @@ def rotate(x_BLHC: Array, positions_L: Array, theta: float) -> Array:
     return turned.astype(x_BLHC.dtype)
 
 
+def output_gain(config) -> float:
+    """Factor on the initial weights that write to the residual stream: 1 / sqrt(2 * layers).
+
+    The stream then has about the same scale after the last layer as before the first. Source:
+    Radford et al. 2019 (GPT-2), section 2.3.
+    """
+    return (2 * config.layers) ** -0.5
+
+
 class Attention(nnx.Module):
     """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.heads, self.theta = config.heads, config.rope_theta
         linear = {"use_bias": False, "dtype": dtype, "rngs": rngs}
-        self.qkv = nnx.Linear(config.width, 3 * config.width, **linear)
-        self.out = nnx.Linear(config.width, config.width, **linear)
+        scale = config.width**-0.5
+        normal = nnx.initializers.normal
+        self.qkv = nnx.Linear(config.width, 3 * config.width, kernel_init=normal(scale), **linear)
+        self.out = nnx.Linear(
+            config.width, config.width, kernel_init=normal(output_gain(config) * scale), **linear
+        )
 
     def __call__(self, x_BLD: Array, past: tuple[Array, Array, Array] | None = None):
         """Attends to x itself and, where there is one, to the past.
@@ -172,8 +197,14 @@ class Block(nnx.Module):
         self.attention = Attention(config, dtype=dtype, rngs=rngs)
         self.ffn_norm = nnx.RMSNorm(config.width, **norm)
         self.ffn = FFN(
-            config.width, config.hidden, config.ffn, recipe=Recipe(**config.recipe),
-            implementation=config.implementation, dtype=dtype, rngs=rngs,
+            config.width,
+            config.hidden,
+            config.ffn,
+            recipe=Recipe(**config.recipe),
+            implementation=config.implementation,
+            output_gain=output_gain(config),
+            dtype=dtype,
+            rngs=rngs,
         )
 
     def __call__(self, x_BLD: Array, *, mode: FFNMode, past=None):
@@ -203,7 +234,11 @@ class Transformer(nnx.Module):
 
         embedding_init = nnx.initializers.normal(config.width**-0.5)
         self.embedding = nnx.Embed(
-            config.vocabulary, config.width, dtype=self.dtype, embedding_init=embedding_init, rngs=rngs
+            config.vocabulary,
+            config.width,
+            dtype=self.dtype,
+            embedding_init=embedding_init,
+            rngs=rngs,
         )
         self.blocks = stack(rngs)
         self.norm = nnx.RMSNorm(config.width, epsilon=1e-6, dtype=self.dtype, rngs=rngs)
@@ -287,7 +322,10 @@ def _check(config) -> None:
             "make it a multiple of 2 * model.heads"
         )
     if config.remat not in get_args(Remat):
-        raise InvalidInput(f"model.remat={config.remat!r} does not exist; "
-                           f"use one of {', '.join(get_args(Remat))}")
+        raise InvalidInput(
+            f"model.remat={config.remat!r} does not exist; use one of {', '.join(get_args(Remat))}"
+        )
     if config.dtype not in ("float32", "bfloat16"):
-        raise InvalidInput(f"model.dtype={config.dtype!r} is not supported; use float32 or bfloat16")
+        raise InvalidInput(
+            f"model.dtype={config.dtype!r} is not supported; use float32 or bfloat16"
+        )

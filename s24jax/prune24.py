@@ -54,18 +54,20 @@ def join_groups(groups: Array, axis: int) -> Array:
 def check_axis(y: Array, axis: int, op: str) -> None:
     """Raises where `axis` does not exist or cannot be cut into groups of four."""
     if not -y.ndim <= axis < y.ndim:
-        raise InvalidInput(f"{op}: axis {axis} does not exist in shape {y.shape}; "
-                           f"use one from {-y.ndim} to {y.ndim - 1}")
+        raise InvalidInput(
+            f"{op}: axis {axis} does not exist in shape {y.shape}; "
+            f"use one from {-y.ndim} to {y.ndim - 1}"
+        )
     if y.shape[axis] % 4:
-        raise InvalidInput(f"{op}: axis {axis} of shape {y.shape} has length {y.shape[axis]}; "
-                           "pad it to a multiple of 4")
+        raise InvalidInput(
+            f"{op}: axis {axis} of shape {y.shape} has length {y.shape[axis]}; "
+            "pad it to a multiple of 4"
+        )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise InvalidInput(f"{op}: dtype {y.dtype} has no magnitude order here; use a float dtype")
 
 
-def prune24(
-    y: Float[Array, "..."], axis: int
-) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
+def prune24(y: Float[Array, "..."], axis: int) -> tuple[Float[Array, "..."], Bool[Array, "..."]]:
     """Keeps the two largest magnitudes of every four consecutive elements along `axis`.
 
     Args:

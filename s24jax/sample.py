@@ -24,8 +24,15 @@ def prefill(model_of, params, tokens: Int[Array, "B L"], cache: Cache, *, mode: 
 
 @partial(jax.jit, static_argnames=("model_of", "mode", "tokens", "temperature"))
 def decode_tokens(
-    model_of, params, logits: Float[Array, "B V"], cache: Cache, rng, *, tokens: int,
-    temperature: float, mode: FFNMode,
+    model_of,
+    params,
+    logits: Float[Array, "B V"],
+    cache: Cache,
+    rng,
+    *,
+    tokens: int,
+    temperature: float,
+    mode: FFNMode,
 ) -> Int[Array, "B tokens"]:
     """Draws `tokens` tokens a sequence, one step each, memory-bound; temperature 0 is greedy."""
 
@@ -43,7 +50,14 @@ def decode_tokens(
 
 
 def generate(
-    model_of, params, prompt: str, *, tokens: int, temperature: float, rng, mode: FFNMode,
+    model_of,
+    params,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    rng,
+    mode: FFNMode,
     context: int,
 ) -> str:
     """The prompt and its continuation.
@@ -66,8 +80,10 @@ def generate(
     if length == 0:
         raise InvalidInput("the prompt is empty; give at least one character")
     if tokens < 1 or length + tokens > context:
-        raise InvalidInput(f"{length} bytes of prompt and {tokens} to sample do not fit the context of "
-                           f"{context} bytes; sample 1..{context - length} or shorten the prompt")
+        raise InvalidInput(
+            f"{length} bytes of prompt and {tokens} to sample do not fit the context of "
+            f"{context} bytes; sample 1..{context - length} or shorten the prompt"
+        )
     if temperature < 0:
         raise InvalidInput(f"temperature {temperature} is negative; use 0 (greedy) or more")
     cache = model_of(params).empty_cache(1, length + tokens)
@@ -79,8 +95,14 @@ def generate(
 
 
 def sample(
-    workdir, prompt: str, *, tokens: int, temperature: float, seed: int,
-    mode: FFNMode | None = None, step: int | None = None,
+    workdir,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float,
+    seed: int,
+    mode: FFNMode | None = None,
+    step: int | None = None,
 ) -> str:
     """`generate` from a run's checkpoint.
 
@@ -92,7 +114,12 @@ def sample(
     """
     config, program, state, own_mode = restore_run(workdir, step=step)
     return generate(
-        program.model, state.params, prompt, tokens=tokens, temperature=temperature,
-        rng=jax.random.key(seed), mode=choose_mode(mode, own_mode, config),
+        program.model,
+        state.params,
+        prompt,
+        tokens=tokens,
+        temperature=temperature,
+        rng=jax.random.key(seed),
+        mode=choose_mode(mode, own_mode, config),
         context=config.sequence_length,
     )

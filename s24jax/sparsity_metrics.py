@@ -39,8 +39,8 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
       dropped_feature_wise: of Y2's non-zeros, those that the weight gradients do not see: dropped
         token-wise, or after that in groups of 4 tokens outside the dense features.
       dropped_feature_wise_energy: the share of Y2's energy in them.
-      dense_feature_density, sparse_feature_density: mean share of non-zeros in the features that the
-        split makes dense, and in the others.
+      dense_feature_density, sparse_feature_density: mean share of non-zeros in the features that
+        the split makes dense, and in the others.
       inactive_features: features without a non-zero in this batch.
     """
     tokens = y1_TF.shape[0]

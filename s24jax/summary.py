@@ -18,8 +18,8 @@ def summarize(config, parameters: int, records: list[dict]) -> dict:
     Returns:
       name, steps, parameters, switch_step (None in a dense run); mode, validation_loss (nats per
       token), validation_loss_dense (the same weights evaluated dense), bits_per_byte,
-      tokens_per_second (median over the steps in the final mode, compilation left out), and the mean
-      over layers of the shares in `SHARES`, all of the main run; `best_validation_loss`;
+      tokens_per_second (median over the steps in the final mode, compilation left out), and the
+      mean over layers of the shares in `SHARES`, all of the main run; `best_validation_loss`;
       `zero_share_per_layer`; `dense_twin`, the same figures of the twin, where there was one.
     """
     switch = [record["step"] for record in records if record["kind"] == "switch"]
@@ -57,7 +57,9 @@ def closing_table(summary: dict) -> str:
     lines = [f"| {summary['name']}, step {summary['steps']} | " + " | ".join(columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
     for name, show in rows:
-        lines.append(f"| {name} | " + " | ".join(show(column) for column in columns.values()) + " |")
+        lines.append(
+            f"| {name} | " + " | ".join(show(column) for column in columns.values()) + " |"
+        )
     return "\n".join(lines)
 
 

@@ -74,8 +74,10 @@ def row_configs(sweep) -> dict:
         try:
             config.update(row.changes)
         except (AttributeError, KeyError, TypeError) as error:
-            raise InvalidInput(f"row {row.name!r} of sweep {sweep.name} does not fit the configuration "
-                               f"({' '.join(str(error).split())}); see configs/base.py") from error
+            raise InvalidInput(
+                f"row {row.name!r} of sweep {sweep.name} does not fit the configuration "
+                f"({' '.join(str(error).split())}); see configs/base.py"
+            ) from error
         config.name = f"{sweep.name}/{row.name}"
         # A twin trains beside a 2:4 run; in a sweep the dense run is a row of its own.
         config.dense_twin = False
@@ -83,8 +85,10 @@ def row_configs(sweep) -> dict:
         make_program(config)
         configs[row.name] = config
     if sweep.baseline not in configs:
-        raise InvalidInput(f"baseline {sweep.baseline!r} of sweep {sweep.name} is no row; "
-                           f"use one of {', '.join(configs)}")
+        raise InvalidInput(
+            f"baseline {sweep.baseline!r} of sweep {sweep.name} is no row; "
+            f"use one of {', '.join(configs)}"
+        )
     return configs
 
 

@@ -34,8 +34,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 
-from s24jax.data import SEPARATOR
 from s24jax.errors import BrokenEnvironment, InvalidInput
+
+SEPARATOR = 0  # the byte after every document; no document contains it
 
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
@@ -69,30 +70,27 @@ def find_corpus(source: str, pattern: str) -> Corpus:
         InvalidInput: there is no such folder, or no file matches.
     """
     folder = Path(source).expanduser()
+    excluded: set[str] = set()
     if source == "stdlib":
-        name, root = "stdlib", Path(sysconfig.get_path("stdlib"))
+        root, excluded = Path(sysconfig.get_path("stdlib")), _STDLIB_EXCLUDED
     elif source and folder.is_dir():
-        name, root = "", folder
-    elif any(character in source for character in "*?["):
-        magic = next(i for i, part in enumerate(folder.parts) if set(part) & set("*?["))
-        name, root = "", Path(*folder.parts[:magic])
-        pattern = str(Path(*folder.parts[magic:]))
+        root = folder
+    elif wild := [i for i, part in enumerate(folder.parts) if set(part) & set("*?[")]:
+        root, pattern = Path(*folder.parts[: wild[0]]), str(Path(*folder.parts[wild[0] :]))
     else:
         raise InvalidInput(
             f"source {source!r}: no such folder; give a folder, a glob, 'stdlib' or 'tfds:NAME'"
         )
     root = root.resolve()
-    excluded = _STDLIB_EXCLUDED if source == "stdlib" else set()
-    paths = tuple(
-        sorted(
-            path
-            for path in glob.glob(pattern, root_dir=root, recursive=True)
-            if (root / path).is_file() and not excluded & set(Path(path).parts)
-        )
+    paths = sorted(
+        path
+        for path in glob.glob(pattern, root_dir=root, recursive=True)
+        if (root / path).is_file() and not excluded & set(Path(path).parts)
     )
     if not paths:
         raise InvalidInput(f"source {source!r}: no file below {root} matches {pattern!r}")
-    return Corpus(name or re.sub(r"[^\w.-]", "_", root.name)[:40] or "root", root, paths)
+    name = source if source == "stdlib" else re.sub(r"[^\w.-]", "_", root.name)[:40]
+    return Corpus(name or "root", root, tuple(paths))
 
 
 def fingerprint(corpus: Corpus, sequence_length: int, validation_share: float) -> str:
@@ -293,7 +291,7 @@ def _count_windows(
 def _write(
     splits: dict[str, list[Document]], metadata: dict[str, Any], directory: Path, data_dir: Path
 ) -> None:
-    config = tfds.core.BuilderConfig(name=metadata["name"], description=metadata["source"])
+    config = tfds.core.BuilderConfig(name=metadata["name"])
     try:
         with quiet():
             builder = TextCorpus(splits, metadata, data_dir=data_dir, config=config)

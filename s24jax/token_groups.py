@@ -31,8 +31,10 @@ class TokenGrouping:
 
     def __post_init__(self):
         if self.kind not in get_args(Kind):
-            raise InvalidInput(f"token grouping {self.kind!r} does not exist; "
-                               f"use one of {', '.join(get_args(Kind))}")
+            raise InvalidInput(
+                f"token grouping {self.kind!r} does not exist; "
+                f"use one of {', '.join(get_args(Kind))}"
+            )
 
     def order(self, tokens: int) -> np.ndarray:
         """Token indices [T] in group order: group j is `order[4*j : 4*j + 4]`."""

@@ -33,7 +33,7 @@ def train(config, workdir) -> dict | None:
       workdir: the run's folder; made, or resumed where it holds the same configuration.
 
     Returns:
-      The summary (see `summary.json`), or None where SIGTERM or SIGINT stopped the run after a save.
+      The summary (see `summary.json`), or None where a signal stopped the run after a save.
 
     Raises:
       InvalidInput: the configuration cannot work, or `workdir` belongs to another one.
@@ -58,15 +58,25 @@ def train(config, workdir) -> dict | None:
 def check(config) -> None:
     """Raises InvalidInput where numbers of the configuration do not fit each other."""
     if config.batch_size % config.accumulate:
-        raise InvalidInput(f"batch_size={config.batch_size} does not split into "
-                           f"accumulate={config.accumulate} equal parts; make it a multiple")
-    intervals = ("log_every", "probe_every", "validate_every", "checkpoint_every", "keep_checkpoints")
+        raise InvalidInput(
+            f"batch_size={config.batch_size} does not split into "
+            f"accumulate={config.accumulate} equal parts; make it a multiple"
+        )
+    intervals = (
+        "log_every",
+        "probe_every",
+        "validate_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+    )
     for name in ("steps", "batch_size", "accumulate", "sequence_length", *intervals):
         if config[name] < 1:
             raise InvalidInput(f"{name}={config[name]} must be at least 1")
     if config.dense_twin and config.model.ffn != "relu2_24":
-        raise InvalidInput(f"dense_twin=True needs model.ffn=relu2_24, not {config.model.ffn!r}; "
-                           "set dense_twin=False")
+        raise InvalidInput(
+            f"dense_twin=True needs model.ffn=relu2_24, not {config.model.ffn!r}; "
+            "set dense_twin=False"
+        )
 
 
 class _Run:
@@ -174,7 +184,9 @@ class _Run:
         for (name, step, mode, _), metrics in zip(self.pending, fetched, strict=True):
             values = {key: float(value) for key, value in metrics.items()}
             rate = rates.get((name, mode))
-            self.writer.write("train", run=name, step=step, mode=mode, tokens_per_second=rate, **values)
+            self.writer.write(
+                "train", run=name, step=step, mode=mode, tokens_per_second=rate, **values
+            )
             if not np.isfinite(values["loss"]):
                 raise self._diverged(name, step, mode, values["loss"])
             if name == "main":
@@ -188,8 +200,8 @@ class _Run:
         good = f"checkpoint of step {saved[-1]}" if saved else "start; no checkpoint was saved yet"
         run = "" if name == "main" else f" of the {name}"
         return Diverged(
-            f"the loss{run} is {loss} at step {step} (mode {mode}); the last good state is the {good}; "
-            "try a lower optimizer.peak_learning_rate, a longer learning-rate warm-up, a lower "
+            f"the loss{run} is {loss} at step {step} (mode {mode}); the last good state is the "
+            f"{good}; try a lower optimizer.peak_learning_rate, a longer learning-rate warm-up, a lower "
             "optimizer.clip_norm or model.dtype=float32, in another workdir"
         )
 
@@ -213,13 +225,23 @@ class _Run:
             if mode != "dense":
                 own = mean_loss(self.program, state.params, self.validation, mode)
             losses[name] = own
-            self.writer.write("validation", run=name, step=step, mode=mode, loss=own,
-                              loss_dense=dense, bits_per_byte=bits_per_byte(own))
+            self.writer.write(
+                "validation",
+                run=name,
+                step=step,
+                mode=mode,
+                loss=own,
+                loss_dense=dense,
+                bits_per_byte=bits_per_byte(own),
+            )
         return losses["main"]
 
     def _save(self, step: int, validation_loss: float | None) -> None:
         self.checkpoints.save(
-            step, self.states["main"], self.iterator, twin=self.states.get("dense_twin"),
+            step,
+            self.states["main"],
+            self.iterator,
+            twin=self.states.get("dense_twin"),
             validation_loss=validation_loss,
         )
         record_implementations(self.workdir)
@@ -231,13 +253,18 @@ class _Run:
         self.progress.say(f"stopped by a signal; step {step} is saved; the same command resumes")
 
     def finish(self) -> dict:
-        """Waits for the last checkpoint, samples, draws, and writes the summary, which ends a run."""
+        """Samples, draws, and writes the summary, which ends a run."""
         self.checkpoints.wait()
         config, state = self.config, self.states["main"]
         text = sample.generate(
-            self.program.model, state.params, config.sample.prompt, tokens=config.sample.tokens,
-            temperature=config.sample.temperature, rng=jax.random.wrap_key_data(state.rng),
-            mode=ffn_mode(config.steps, config), context=config.sequence_length,
+            self.program.model,
+            state.params,
+            config.sample.prompt,
+            tokens=config.sample.tokens,
+            temperature=config.sample.temperature,
+            rng=jax.random.wrap_key_data(state.rng),
+            mode=ffn_mode(config.steps, config),
+            context=config.sequence_length,
         )
         write_bytes(self.workdir / "samples.txt", f"step {config.steps}\n{text}\n".encode())
         plots.plot_run(self.workdir)

@@ -84,7 +84,9 @@ def make_program(config) -> Program:
 
         if config.accumulate > 1:
             grads_of = optax.microbatching.microbatch(
-                grads_of, argnums=1, microbatch_size=config.batch_size // config.accumulate,
+                grads_of,
+                argnums=1,
+                microbatch_size=config.batch_size // config.accumulate,
                 accumulator=optax.microbatching.AccumulationType.MEAN,
             )
         value, grads = grads_of(state.params, tokens)

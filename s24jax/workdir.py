@@ -19,7 +19,14 @@ from s24jax.ops import dispatch
 from s24jax.writer import read_json, write_json
 
 PACKAGES = (
-    "s24jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets",
+    "s24jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "tensorflow-datasets",
     "numpy",
 )
 OUTPUTS = ("checkpoints", "metrics.jsonl", "summary.json", "samples.txt", "plots", "tensorboard")
@@ -54,19 +61,25 @@ def claim(workdir, config, data: dict) -> pathlib.Path:
     if record is None:
         strangers = [name for name in OUTPUTS if (workdir / name).exists()]
         if strangers:
-            raise InvalidInput(f"{workdir} holds {strangers[0]} but no run.json, so whose it is cannot "
-                               "be told; use another --workdir")
+            raise InvalidInput(
+                f"{workdir} holds {strangers[0]} but no run.json, so whose it is cannot "
+                "be told; use another --workdir"
+            )
         workdir.mkdir(parents=True, exist_ok=True)
         write_json(workdir / "run.json", _record(config, data))
         return workdir
     key, there, here = _first_difference(record["config"], config.to_dict())
     if key:
-        raise InvalidInput(f"{workdir} belongs to another config: {key} is {there!r} there, {here!r} "
-                           "here; use another --workdir, or that value to resume")
+        raise InvalidInput(
+            f"{workdir} belongs to another config: {key} is {there!r} there, {here!r} "
+            "here; use another --workdir, or that value to resume"
+        )
     there, here = record["data"]["fingerprint"], data["fingerprint"]
     if there != here:
-        raise InvalidInput(f"the corpus of {workdir} has changed since its first step (fingerprint "
-                           f"{there} then, {here} now); use another --workdir")
+        raise InvalidInput(
+            f"the corpus of {workdir} has changed since its first step (fingerprint "
+            f"{there} then, {here} now); use another --workdir"
+        )
     return workdir
 
 

@@ -84,16 +84,19 @@ def test_round_to_sends_ties_to_even(dtype):
     ulp = 2.0**-7 if dtype == "bfloat16" else 2.0**-10
     x = jnp.array([1 + ulp / 2, 1 + 3 * ulp / 2, 1 + ulp * 0.51])
     expected = np.array([1.0, 1 + 2 * ulp, 1 + ulp], np.float32)
-    np.testing.assert_array_equal(np.asarray(numerics.round_to(x, jnp.dtype(dtype)), np.float32),
-                                  expected)
+    np.testing.assert_array_equal(
+        np.asarray(numerics.round_to(x, jnp.dtype(dtype)), np.float32), expected
+    )
 
 
 @pytest.mark.parametrize("contract", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dot_contracts_the_named_axes(contract, dtype):
     rng = np.random.default_rng(0)
-    a, b = (rng.integers(-8, 9, shape).astype(oracles.FLOATS[dtype])
-            for shape in ((6, 5) if contract[0] else (5, 6), (7, 5) if contract[1] else (5, 7)))
+    a, b = (
+        rng.integers(-8, 9, shape).astype(oracles.FLOATS[dtype])
+        for shape in ((6, 5) if contract[0] else (5, 6), (7, 5) if contract[1] else (5, 7))
+    )
     expected = oracles.product(a if contract[0] else a.T, b.T if contract[1] else b)
     # Small integers are exact in every order of summation, so the one rounding is all that is left.
     oracles.assert_bits(numerics.dot(jnp.asarray(a), jnp.asarray(b), contract=contract), expected)

@@ -21,6 +21,7 @@ GROUPINGS = {
 # K = 12: three groups, so a padding nibble, and a stride (3) that is not its own inverse.
 SHAPE = {0: (12, 3), 1: (3, 12)}
 
+
 def _store(y, axis, grouping=None):
     stored = compress24(y, axis, grouping=grouping)
     return stored, stored.indices(), stored.decompress()
@@ -57,8 +58,9 @@ def test_any_bits_against_the_oracle(dtype, axis, grouping):
         # `pruned` is 2:4 data and comes back with all its bits, a zero's sign excepted: where a
         # group had kept a -0.0, the second time a +0.0 before it may be kept instead.
         again = STORE(dense, axis, GROUPINGS[grouping])[2]
-        oracles.assert_bits(*(np.where(a == 0, np.zeros_like(a), a)
-                              for a in (np.asarray(again), pruned)))
+        oracles.assert_bits(
+            *(np.where(a == 0, np.zeros_like(a), a) for a in (np.asarray(again), pruned))
+        )
 
     check()
 
@@ -126,8 +128,9 @@ def test_the_choice_may_come_from_another_matrix(axis):
 
 def test_with_values_keeps_the_positions():
     stored = compress24(jnp.array([[1.0, 0, 2, 0]]), 1)
-    np.testing.assert_array_equal(stored.with_values(jnp.array([[7.0, 8.0]])).decompress(),
-                                  [[7, 0, 8, 0]])
+    np.testing.assert_array_equal(
+        stored.with_values(jnp.array([[7.0, 8.0]])).decompress(), [[7, 0, 8, 0]]
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -175,14 +178,30 @@ def test_empty_matrices(axis, shape):
     "shape, dtype, axis, message",
     [
         ((8,), "float32", 0, "compress24: shape (8,) is no matrix; reshape it to two axes"),
-        ((2, 4, 8), "float32", 1,
-         "compress24: shape (2, 4, 8) is no matrix; reshape it to two axes"),
-        ((4, 8), "float32", 2,
-         "compress24: axis 2 does not exist in shape (4, 8); use one from -2 to 1"),
-        ((6, 8), "bfloat16", 0,
-         "compress24: axis 0 of shape (6, 8) has length 6; pad it to a multiple of 4"),
-        ((4, 8), "int8", 1,
-         "compress24: dtype int8 has no magnitude order here; use a float dtype"),
+        (
+            (2, 4, 8),
+            "float32",
+            1,
+            "compress24: shape (2, 4, 8) is no matrix; reshape it to two axes",
+        ),
+        (
+            (4, 8),
+            "float32",
+            2,
+            "compress24: axis 2 does not exist in shape (4, 8); use one from -2 to 1",
+        ),
+        (
+            (6, 8),
+            "bfloat16",
+            0,
+            "compress24: axis 0 of shape (6, 8) has length 6; pad it to a multiple of 4",
+        ),
+        (
+            (4, 8),
+            "int8",
+            1,
+            "compress24: dtype int8 has no magnitude order here; use a float dtype",
+        ),
     ],
 )
 def test_errors(shape, dtype, axis, message):

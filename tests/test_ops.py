@@ -37,8 +37,9 @@ groupings = pytest.mark.parametrize("grouping", GROUPINGS.values(), ids=GROUPING
 
 # Every grouping, axis and dtype at the small shape; the tiles once for each axis and dtype.
 LAYOUTS = [(SHAPES["small"], grouping) for grouping in GROUPINGS] + [(SHAPES["tiles"], "strided")]
-layouts = pytest.mark.parametrize("shape, grouping", LAYOUTS, ids=lambda v: v if isinstance(v, str)
-                                  else f"{v[0]}x{v[1]}")
+layouts = pytest.mark.parametrize(
+    "shape, grouping", LAYOUTS, ids=lambda v: v if isinstance(v, str) else f"{v[0]}x{v[1]}"
+)
 STORE = jax.jit(compress24, static_argnames=("axis", "grouping"))
 
 
@@ -114,7 +115,8 @@ def test_sparsify24_of_mostly_zeros(dtype, implementation):
     """85-98 % zeros is the usual case: groups with none, one and two survivors."""
     rng = np.random.default_rng(2)
     y1 = integers(rng, (64, 128), dtype) * (rng.random((64, 128)) < 0.2).astype(
-        oracles.FLOATS[dtype])
+        oracles.FLOATS[dtype]
+    )
     check_sparsify(y1, implementation)
 
 
@@ -122,8 +124,10 @@ def test_sparsify24_of_mostly_zeros(dtype, implementation):
 @dtypes
 def test_sparsify24_of_special_values(dtype, implementation):
     N, INF = np.nan, np.inf
-    y1 = np.array([[1, N, 2, 3], [-1, -N, -INF, -2], [INF, 1, INF, N], [-0.0, 0, -INF, 0]] * 4,
-                  oracles.FLOATS[dtype])
+    y1 = np.array(
+        [[1, N, 2, 3], [-1, -N, -INF, -2], [INF, 1, INF, N], [-0.0, 0, -INF, 0]] * 4,
+        oracles.FLOATS[dtype],
+    )
     y2, counts = run(sparsify24, jnp.asarray(y1), implementation=implementation)
     np.testing.assert_array_equal(y2.indices()[:4, 0], [[1, 3], [0, 1], [0, 3], [0, 1]])
     values = np.asarray(y2.values).astype(np.float32)
@@ -136,8 +140,9 @@ def test_sparsify24_of_special_values(dtype, implementation):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_sparsify24_ranks_before_it_squares(dtype, implementation):
     """Squares that underflow or overflow tie; what they came from does not."""
-    y1 = np.array([[1e-25, 2e-25, 3e-25, 4e-25], [1e25, 2e25, 3e25, 4e25]] * 8,
-                  oracles.FLOATS[dtype])
+    y1 = np.array(
+        [[1e-25, 2e-25, 3e-25, 4e-25], [1e25, 2e25, 3e25, 4e25]] * 8, oracles.FLOATS[dtype]
+    )
     y2, counts = run(sparsify24, jnp.asarray(y1), implementation=implementation)
     np.testing.assert_array_equal(y2.indices(), [[[2, 3]]] * 16)
     np.testing.assert_array_equal(np.asarray(y2.values, np.float32), [[0, 0], [np.inf] * 2] * 8)
@@ -212,8 +217,10 @@ def test_matmul24(shape, axis, dtype, grouping, implementation):
 @pytest.mark.parametrize("axis", [0, 1])
 def test_matmul24_of_values_that_round(axis, dtype, implementation):
     rng = np.random.default_rng(0)
-    a, b = (rng.normal(size=shape).astype(oracles.FLOATS[dtype])
-            for shape in (SHAPES["tiles"], (SHAPES["tiles"][axis], 64)))
+    a, b = (
+        rng.normal(size=shape).astype(oracles.FLOATS[dtype])
+        for shape in (SHAPES["tiles"], (SHAPES["tiles"][axis], 64))
+    )
     grouping = TokenGrouping("strided")
     groups = oracles.token_groups("strided", 0, a.shape[axis])
     stored = STORE(jnp.asarray(a), axis, grouping=grouping)
@@ -230,8 +237,9 @@ def test_matmul24_by_the_identity_is_decompress(axis, grouping, implementation):
     stored = STORE(jnp.asarray(y), axis, grouping=grouping)
     actual = run(matmul24, stored, jnp.eye(64, dtype=jnp.bfloat16), implementation=implementation)
     dense = jax.jit(Compressed24.decompress)(stored)
-    np.testing.assert_array_equal(np.asarray(actual if axis == 1 else actual.T, np.float32),
-                                  np.asarray(dense, np.float32))
+    np.testing.assert_array_equal(
+        np.asarray(actual if axis == 1 else actual.T, np.float32), np.asarray(dense, np.float32)
+    )
 
 
 @implementations(matmul24_op)
@@ -251,8 +259,9 @@ def test_matmul24_accumulates_in_float32(axis, dtype, implementation):
 def test_matmul24_shows_nan_in_its_row_only(implementation):
     a = np.ones((64, 64), np.float32)
     a[3, 5] = np.nan
-    product = run(matmul24, STORE(jnp.asarray(a), 1), jnp.ones((64, 64)),
-                  implementation=implementation)
+    product = run(
+        matmul24, STORE(jnp.asarray(a), 1), jnp.ones((64, 64)), implementation=implementation
+    )
     np.testing.assert_array_equal(np.isnan(product), np.arange(64)[:, None] == 3 + np.zeros(64))
 
 
@@ -264,8 +273,13 @@ def test_matmul24_under_vmap(implementation):
     def compress_and_multiply(a, b, implementation):
         return matmul24(compress24(a, 1), b, implementation=implementation)
 
-    product = run(compress_and_multiply, jnp.asarray(a), jnp.asarray(b), in_axes=(0, 0),
-                  implementation=implementation)
+    product = run(
+        compress_and_multiply,
+        jnp.asarray(a),
+        jnp.asarray(b),
+        in_axes=(0, 0),
+        implementation=implementation,
+    )
     for i in range(3):
         oracles.assert_bits(product[i], expected_product(a[i], b[i], 1, None))
 
@@ -276,8 +290,9 @@ def test_matmul24_of_a_batch_of_stored_matrices(implementation):
     rng = np.random.default_rng(0)
     a, b = integers(rng, (3, 8, 12), "float32"), integers(rng, (12, 4), "float32")
     stored = jax.vmap(lambda a: STORE(a, 1))(jnp.asarray(a))
-    product = run(matmul24, stored, jnp.asarray(b), in_axes=(0, None),
-                  implementation=implementation)
+    product = run(
+        matmul24, stored, jnp.asarray(b), in_axes=(0, None), implementation=implementation
+    )
     for i in range(3):
         oracles.assert_bits(product[i], expected_product(a[i], b, 1, None))
 
@@ -285,17 +300,28 @@ def test_matmul24_of_a_batch_of_stored_matrices(implementation):
 @pytest.mark.parametrize(
     "axis, b_shape, b_dtype, message",
     [
-        (1, (8, 3), "float32",
-         "matmul24: b has shape (8, 3), its first axis must have the length 12 of a's compressed "
-         "axis (a has shape (8, 12), axis 1)"),
-        (0, (12, 3), "float32",
-         "matmul24: b has shape (12, 3), its first axis must have the length 8 of a's compressed "
-         "axis (a has shape (8, 12), axis 0)"),
-        (1, (12,), "float32",
-         "matmul24: b has shape (12,), its first axis must have the length 12 of a's compressed "
-         "axis (a has shape (8, 12), axis 1)"),
-        (1, (12, 3), "bfloat16",
-         "matmul24: a is float32, b is bfloat16; cast them to one dtype"),
+        (
+            1,
+            (8, 3),
+            "float32",
+            "matmul24: b has shape (8, 3), its first axis must have the length 12 of a's "
+            "compressed axis (a has shape (8, 12), axis 1)",
+        ),
+        (
+            0,
+            (12, 3),
+            "float32",
+            "matmul24: b has shape (12, 3), its first axis must have the length 8 of a's "
+            "compressed axis (a has shape (8, 12), axis 0)",
+        ),
+        (
+            1,
+            (12,),
+            "float32",
+            "matmul24: b has shape (12,), its first axis must have the length 12 of a's "
+            "compressed axis (a has shape (8, 12), axis 1)",
+        ),
+        (1, (12, 3), "bfloat16", "matmul24: a is float32, b is bfloat16; cast them to one dtype"),
     ],
 )
 def test_matmul24_errors(axis, b_shape, b_dtype, message):
@@ -308,8 +334,11 @@ def test_matmul24_errors(axis, b_shape, b_dtype, message):
 @pytest.mark.parametrize(
     "shape, dtype, message",
     [
-        ((4, 6), "float32",
-         "sparsify24: axis 1 of shape (4, 6) has length 6; pad it to a multiple of 4"),
+        (
+            (4, 6),
+            "float32",
+            "sparsify24: axis 1 of shape (4, 6) has length 6; pad it to a multiple of 4",
+        ),
         ((4, 8), "int32", "sparsify24: dtype int32 has no magnitude order here; use a float dtype"),
         ((8,), "float32", "sparsify24: axis 1 does not exist in shape (8,); use one from -1 to 0"),
         ((2, 4, 8), "float32", "shape (2, 4, 8) is no matrix; reshape it to two axes"),
@@ -335,7 +364,8 @@ def feature_wise_case(shape, dtype, dense):
     """Token-wise pruned Y2, dY1 under its mask, and a split in no particular order."""
     rng = np.random.default_rng(0)
     y2 = np.abs(integers(rng, shape, dtype)) * (rng.random(shape) < 0.6).astype(
-        oracles.FLOATS[dtype])
+        oracles.FLOATS[dtype]
+    )
     y2 = oracles.keep(y2, oracles.prune_mask(y2, 1))
     dy1 = np.where(y2 != 0, integers(rng, shape, dtype), np.zeros_like(y2))
     features = rng.permutation(shape[1])
@@ -355,13 +385,19 @@ def test_feature_wise24(shape, grouping, dense, compressed, shared_mask, impleme
         y2_in = STORE(y2_in, 1)
         dy1_in = jax.jit(Compressed24.gather)(y2_in, dy1_in)
     y2_out, dy1_out = run(
-        feature_wise24, y2_in, dy1_in, FeatureSplit(jnp.asarray(dense), jnp.asarray(sparse)),
-        grouping=grouping, shared_mask=shared_mask, implementation=implementation,
+        feature_wise24,
+        y2_in,
+        dy1_in,
+        FeatureSplit(jnp.asarray(dense), jnp.asarray(sparse)),
+        grouping=grouping,
+        shared_mask=shared_mask,
+        implementation=implementation,
     )
     groups = oracles.token_groups(grouping.kind, grouping.seed, tokens)
     expected_y2 = oracles.compress(y2[:, sparse], 0, groups)
-    expected_dy1 = oracles.compress(dy1[:, sparse], 0, groups,
-                                    choose_by=y2[:, sparse] if shared_mask else None)
+    expected_dy1 = oracles.compress(
+        dy1[:, sparse], 0, groups, choose_by=y2[:, sparse] if shared_mask else None
+    )
     check_stored(y2_out.sparse, expected_y2, grouping, 0, (tokens, len(sparse)))
     check_stored(dy1_out.sparse, expected_dy1, grouping, 0, (tokens, len(sparse)))
     oracles.assert_bits(y2_out.dense, y2[:, dense])
@@ -376,13 +412,21 @@ def test_feature_wise24_ties_keep_the_first_of_the_group(implementation):
     assert any(group != sorted(group) for group in groups)
     ones = jnp.ones((64, 64))
     split = FeatureSplit(jnp.arange(0), jnp.arange(64))
-    y2, dy1 = run(feature_wise24, ones, ones, split, grouping=grouping, shared_mask=False,
-                  implementation=implementation)
+    y2, dy1 = run(
+        feature_wise24,
+        ones,
+        ones,
+        split,
+        grouping=grouping,
+        shared_mask=False,
+        implementation=implementation,
+    )
     expected = np.zeros(64)
     expected[[token for group in groups for token in group[:2]]] = 1
     for operand in (y2, dy1):
-        np.testing.assert_array_equal(operand.sparse.decompress(),
-                                      np.broadcast_to(expected[:, None], (64, 64)))
+        np.testing.assert_array_equal(
+            operand.sparse.decompress(), np.broadcast_to(expected[:, None], (64, 64))
+        )
 
 
 @implementations(feature_wise24_op)
@@ -393,19 +437,25 @@ def test_feature_wise24_own_mask_is_by_magnitude(implementation):
     y2, dy1 = jnp.tile(y2, (16, 1)), jnp.tile(dy1, (16, 1))
     split = FeatureSplit(jnp.arange(0), jnp.arange(64))
     for shared, kept in ((True, [[0, 1]]), (False, [[2, 3]])):
-        _, out = run(feature_wise24, y2, dy1, split, grouping=TokenGrouping("adjacent"),
-                     shared_mask=shared, implementation=implementation)
+        _, out = run(
+            feature_wise24,
+            y2,
+            dy1,
+            split,
+            grouping=TokenGrouping("adjacent"),
+            shared_mask=shared,
+            implementation=implementation,
+        )
         np.testing.assert_array_equal(out.sparse.indices(), np.tile([kept], (64, 16, 1)))
 
 
 def test_feature_wise24_needs_whole_groups_of_tokens():
     split = FeatureSplit(jnp.arange(4), jnp.arange(4, 8))
     with pytest.raises(InvalidInput) as error:
-        feature_wise24(jnp.ones((22, 8)), jnp.ones((22, 8)), split, grouping=TokenGrouping(),
-                       shared_mask=True)
-    assert oracles.assert_one_line(error) == (
-        "feature_wise24: 22 tokens; pad T to a multiple of 4"
-    )
+        feature_wise24(
+            jnp.ones((22, 8)), jnp.ones((22, 8)), split, grouping=TokenGrouping(), shared_mask=True
+        )
+    assert oracles.assert_one_line(error) == ("feature_wise24: 22 tokens; pad T to a multiple of 4")
 
 
 # ------------------------------------------------------------------------------ in bfloat16, jitted

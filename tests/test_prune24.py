@@ -60,15 +60,23 @@ def test_properties(dtype):
 N, INF = np.nan, np.inf
 TILE_CASES = {
     # four rows, and the mask of each as the two positions kept
-    "distinct": ([[1, 2, 3, 4], [4, 3, 2, 1], [1, 4, 2, 3], [3, 1, 4, 2]],
-                 ["23", "01", "13", "02"]),
-    "signs": ([[-1, 2, -3, 1], [-4, -3, -2, -1], [1, -1, 2, -2], [0, -5, 5, 4]],
-              ["12", "01", "23", "12"]),
+    "distinct": (
+        [[1, 2, 3, 4], [4, 3, 2, 1], [1, 4, 2, 3], [3, 1, 4, 2]],
+        ["23", "01", "13", "02"],
+    ),
+    "signs": (
+        [[-1, 2, -3, 1], [-4, -3, -2, -1], [1, -1, 2, -2], [0, -5, 5, 4]],
+        ["12", "01", "23", "12"],
+    ),
     "ties": ([[1, 1, 1, 1], [0, 1, 1, 1], [2, 1, 1, 1], [1, -1, 1, 2]], ["01", "12", "01", "03"]),
-    "zeros": ([[0, 0, 0, 0], [0, 0, 0, 7], [0, -0.0, 5, 0], [-0.0, 0, 0, -0.0]],
-              ["01", "03", "02", "01"]),
-    "special": ([[1, N, INF, 2], [INF, -INF, INF, N], [N, N, N, N], [9, 8, -N, N]],
-                ["12", "03", "01", "23"]),
+    "zeros": (
+        [[0, 0, 0, 0], [0, 0, 0, 7], [0, -0.0, 5, 0], [-0.0, 0, 0, -0.0]],
+        ["01", "03", "02", "01"],
+    ),
+    "special": (
+        [[1, N, INF, 2], [INF, -INF, INF, N], [N, N, N, N], [9, 8, -N, N]],
+        ["12", "03", "01", "23"],
+    ),
 }
 
 
@@ -111,14 +119,30 @@ def test_the_same_under_vmap():
 @pytest.mark.parametrize(
     "shape, dtype, axis, message",
     [
-        ((4, 8), "float32", 2,
-         "prune24: axis 2 does not exist in shape (4, 8); use one from -2 to 1"),
-        ((4, 8), "float32", -3,
-         "prune24: axis -3 does not exist in shape (4, 8); use one from -2 to 1"),
-        ((4, 6), "float32", 1,
-         "prune24: axis 1 of shape (4, 6) has length 6; pad it to a multiple of 4"),
-        ((6, 4), "bfloat16", -2,
-         "prune24: axis -2 of shape (6, 4) has length 6; pad it to a multiple of 4"),
+        (
+            (4, 8),
+            "float32",
+            2,
+            "prune24: axis 2 does not exist in shape (4, 8); use one from -2 to 1",
+        ),
+        (
+            (4, 8),
+            "float32",
+            -3,
+            "prune24: axis -3 does not exist in shape (4, 8); use one from -2 to 1",
+        ),
+        (
+            (4, 6),
+            "float32",
+            1,
+            "prune24: axis 1 of shape (4, 6) has length 6; pad it to a multiple of 4",
+        ),
+        (
+            (6, 4),
+            "bfloat16",
+            -2,
+            "prune24: axis -2 of shape (6, 4) has length 6; pad it to a multiple of 4",
+        ),
         ((4,), "int32", 0, "prune24: dtype int32 has no magnitude order here; use a float dtype"),
         ((4,), "bool", 0, "prune24: dtype bool has no magnitude order here; use a float dtype"),
     ],

@@ -56,8 +56,10 @@ def test_what_the_backward_pass_starts_from(token_wise, mask_consistency, saves_
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"token_grouping": "blocked"},
-         "token grouping 'blocked' does not exist; use one of strided, adjacent, random"),
+        (
+            {"token_grouping": "blocked"},
+            "token grouping 'blocked' does not exist; use one of strided, adjacent, random",
+        ),
         ({"dense_share": 1.0}, "dense_share=1.0 is no share; use 0 <= share < 1"),
         ({"dense_share": -0.1}, "dense_share=-0.1 is no share; use 0 <= share < 1"),
         ({"dense_share": float("nan")}, "dense_share=nan is no share; use 0 <= share < 1"),

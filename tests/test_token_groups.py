@@ -15,8 +15,9 @@ from s24jax.errors import InvalidInput
 def test_order_lists_the_groups_in_fours(kind, seed, tokens):
     order = TokenGrouping(kind, seed).order(tokens)
     groups = oracles.token_groups(kind, seed, tokens)
-    np.testing.assert_array_equal(np.asarray(order).reshape(-1, 4),
-                                  np.array(groups, int).reshape(-1, 4))
+    np.testing.assert_array_equal(
+        np.asarray(order).reshape(-1, 4), np.array(groups, int).reshape(-1, 4)
+    )
     assert sorted(order.tolist()) == list(range(tokens)), "every token is in one group"
 
 

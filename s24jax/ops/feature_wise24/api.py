@@ -44,6 +44,14 @@ def feature_wise24(
     """
     if y2.shape[0] % 4:
         raise InvalidInput(f"feature_wise24: {y2.shape[0]} tokens; pad T to a multiple of 4")
-    candidate = dispatch.resolve("feature_wise24", implementation, CANDIDATES, y2, dy1, split,
-                                 grouping=grouping, shared_mask=shared_mask)
+    candidate = dispatch.resolve(
+        "feature_wise24",
+        implementation,
+        CANDIDATES,
+        y2,
+        dy1,
+        split,
+        grouping=grouping,
+        shared_mask=shared_mask,
+    )
     return candidate.run(y2, dy1, split, grouping=grouping, shared_mask=shared_mask)
