@@ -237,9 +237,9 @@ def test_check_grads_where_the_function_is_smooth():
         (x, w_up, w_down),
         order=1,
         modes=["rev"],
-        eps=1e-2,
-        rtol=2e-3,
-        atol=2e-3,
+        eps=2e-3,
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
