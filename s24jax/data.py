@@ -17,11 +17,9 @@ s24jax/datasets in the user's cache); text_feature (a catalogue dataset's key fo
 
 import contextlib
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,11 @@ from typing import Any
 import grain
 import numpy as np
 
+from s24jax.catalogue import catalogue_splits, find_in_catalogue
 from s24jax.errors import BrokenEnvironment, InvalidInput
+from s24jax.packing import SEPARATOR, CutWindows, join_documents
 
 VOCABULARY = 256
-SEPARATOR = 0  # text_corpus.SEPARATOR, here for those who do without importing tensorflow_datasets
 
 _READ_AHEAD = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
 # Catalogue documents: 16 are read at once, which costs little more than one; 4096 windows are
@@ -86,8 +85,6 @@ class Documents:
 
     def windows(self, order: grain.MapDataset) -> grain.IterDataset:
         """uint8 [sequence_length + 1] of the documents that `order` lists, in this order."""
-        from s24jax.text_corpus import CutWindows
-
         pieces = order.batch(_READ_TOGETHER).map(self._read).to_iter_dataset(_READ_AHEAD)
         return CutWindows(pieces, self.sequence_length)
 
@@ -99,8 +96,6 @@ class Documents:
         return windows.batch(batch_size, drop_remainder=True, batch_fn=_stack)
 
     def _read(self, indices: np.ndarray) -> np.ndarray:
-        from s24jax.text_corpus import join_documents
-
         texts = _read_feature(self.records, indices, self.text_feature)
         return join_documents(text.replace(bytes([SEPARATOR]), b"") for text in texts)
 
@@ -231,14 +226,14 @@ def _local_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset
 
 
 def _catalogue_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset:
-    directory = _find_in_catalogue(config.source.removeprefix("tfds:"), data_dir)
+    directory = find_in_catalogue(config.source.removeprefix("tfds:"), data_dir)
     builder = _open(directory)
     if config.text_feature not in builder.info.features:
         raise InvalidInput(
             f"{directory} has no text_feature {config.text_feature!r}, only "
             f"{sorted(builder.info.features)}"
         )
-    splits = _catalogue_splits(builder, config.validation_share)
+    splits = catalogue_splits(builder, config.validation_share)
     sources = {}
     for name, split in splits.items():
         records = _records(builder, split)
@@ -261,22 +256,6 @@ def _catalogue_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dat
         "skipped": {},
     }
     return Dataset(**sources, description=description)
-
-
-def _catalogue_splits(builder: Any, validation_share: float) -> dict[str, str]:
-    """The tfds splits to read: validation is "validation", "test" or the head of "train"."""
-    sizes = {name: split.num_examples for name, split in builder.info.splits.items()}
-    train = sizes.get("train", 0)
-    held_out = max(1, round(validation_share * train))
-    if train <= held_out:
-        raise InvalidInput(
-            f"{builder.data_dir} has the splits {sizes}: a train split of 2 documents or more is "
-            f"needed, and validation_share {validation_share} must leave some of them"
-        )
-    for name in ("validation", "test"):
-        if sizes.get(name):
-            return {"train": "train", "validation": name}
-    return {"train": f"train[{held_out}:]", "validation": f"train[:{held_out}]"}
 
 
 def _open(directory: Path) -> Any:
@@ -320,77 +299,6 @@ def _blaming(directory: Path | str) -> Iterator[None]:
         raise BrokenEnvironment(
             f"{directory} cannot be opened ({reason}): if it is damaged, delete it and run again"
         ) from error
-
-
-def _find_in_catalogue(name: str, data_dir: Path) -> Path:
-    """The folder of the newest version of NAME or NAME/CONFIG below data_dir.
-
-    Read off the disk: tfds itself would turn to the network, and hang for minutes without one.
-    """
-    if not re.fullmatch(r"\w+(/[\w.-]+)?", name):
-        raise InvalidInput(f"source 'tfds:{name}': write tfds:NAME or tfds:NAME/CONFIG")
-    dataset = name.partition("/")[0]
-    variants = {key: versions[-1] for key, versions in _variants(data_dir, dataset).items()}
-    if name in variants:
-        return variants[name]
-    if name == dataset and len(variants) == 1:
-        return next(iter(variants.values()))
-    if variants:
-        raise InvalidInput(
-            f"source 'tfds:{name}': {data_dir} holds {', '.join(f'tfds:{key}' for key in variants)}"
-        )
-    raise _not_on_disk(name, data_dir)
-
-
-def _variants(data_dir: Path, dataset: str) -> dict[str, list[Path]]:
-    """NAME or NAME/CONFIG -> the folders of its versions, oldest first."""
-    variants: dict[str, list[Path]] = {}
-    for depth in ("*", "*/*"):
-        for information in (data_dir / dataset).glob(f"{depth}/dataset_info.json"):
-            folder = information.parent
-            if re.fullmatch(r"\d+\.\d+\.\d+", folder.name):  # not one that is being written
-                variant = folder.parent.relative_to(data_dir).as_posix()
-                variants.setdefault(variant, []).append(folder)
-    for versions in variants.values():
-        versions.sort(key=lambda folder: [int(part) for part in folder.name.split(".")])
-    return variants
-
-
-def _not_on_disk(name: str, data_dir: Path) -> Exception:
-    import tensorflow_datasets as tfds
-
-    dataset = name.partition("/")[0]
-    registered = set(tfds.list_builders(with_community_datasets=False))
-    unregistered = _builders_in_source(Path(tfds.__file__).parent) - registered
-    missing = f"'tfds:{name}' is not in data_dir {data_dir}, and s24jax downloads nothing"
-    recipe = (
-        f"python -c \"import tensorflow_datasets as tfds; tfds.builder('{name}', "
-        f"data_dir='{data_dir}', file_format='array_record').download_and_prepare()\""
-    )
-    if dataset in registered:
-        return BrokenEnvironment(f"{missing}: where there is a network, run {recipe}")
-    if dataset in unregistered:
-        return BrokenEnvironment(
-            f"{missing}: it cannot be prepared here, without TensorFlow; where TensorFlow and a "
-            f"network are, run {recipe}"
-        )
-    close = difflib.get_close_matches(dataset, registered | unregistered, n=3)
-    hint = f"did you mean {', '.join(f'tfds:{c}' for c in close)}?" if close else "check the name"
-    return InvalidInput(f"{missing}; the tfds catalogue has no {dataset!r} either: {hint}")
-
-
-def _builders_in_source(package: Path) -> set[str]:
-    """The names of all datasets of tfds, read off its class definitions: without TensorFlow it
-    registers 246 of 446."""
-    from tensorflow_datasets.core.naming import camelcase_to_snakecase
-
-    definition = re.compile(r"^class (\w+)\((?!.*(?:Config|Test))", re.MULTILINE)
-    return {
-        camelcase_to_snakecase(builder)
-        for path in package.rglob("*.py")
-        if "core" not in path.parts[len(package.parts) :]
-        for builder in definition.findall(path.read_text(encoding="utf-8"))
-    }
 
 
 def _require_positive(**values: int) -> None:

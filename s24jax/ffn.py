@@ -45,7 +45,8 @@ def ffn24(
     """Squared-ReLU FFN, Y3 = relu(X @ W_up^T)^2 @ W_down, with 2:4 sparse activations.
 
     Its gradient is the recipe's (module docstring), which is no derivative of the forward pass
-    where `recipe.feature_wise` prunes the weight gradients. Works under jit, grad, vmap, remat and scan.
+    where `recipe.feature_wise` prunes the weight gradients. Works under jit, grad, vmap, remat and
+    scan.
 
     Args:
       x: activations; all axes but the last are tokens, of any number T. Groups of tokens are formed

@@ -25,7 +25,7 @@ import re
 import shutil
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from s24jax.errors import BrokenEnvironment, InvalidInput
-
-SEPARATOR = 0  # the byte after every document; no document contains it
+from s24jax.packing import SEPARATOR, CutWindows, join_documents
 
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
@@ -93,13 +92,23 @@ def find_corpus(source: str, pattern: str) -> Corpus:
     return Corpus(name or "root", root, tuple(paths))
 
 
-def fingerprint(corpus: Corpus, sequence_length: int, validation_share: float) -> str:
-    """12 hex digits that change with the files (path, size, time of change) and the packing."""
+def _state_of_files(corpus: Corpus, sequence_length: int, validation_share: float) -> str:
+    """12 hex digits that change with the files (path, size, time of change) and the packing.
+
+    Names the dataset on disk: cheap to find out, but files that were only touched pack again.
+    """
     files = []
     for path in corpus.paths:
         status = os.stat(corpus.root / path)
         files.append((path, status.st_size, status.st_mtime_ns))
     key = json.dumps([str(corpus.root), files, sequence_length, validation_share])
+    return hashlib.sha256(key.encode()).hexdigest()[:12]
+
+
+def _fingerprint(splits: dict[str, list[Document]], sequence_length: int) -> str:
+    """12 hex digits that change with the text of either split and with the packing."""
+    digests = {split: [d.digest.hex() for d in documents] for split, documents in splits.items()}
+    key = json.dumps([digests, sequence_length, str(TextCorpus.VERSION)])
     return hashlib.sha256(key.encode()).hexdigest()[:12]
 
 
@@ -139,69 +148,6 @@ def split_by_file(
         )
     validation = max(1, round(validation_share * len(documents)))
     return {"train": documents[validation:], "validation": documents[:validation]}, dict(skipped)
-
-
-class CutWindows(grain.IterDataset):
-    """Pieces of a stream (uint8 [n]) to windows (uint8 [sequence_length + 1]), exactly resumable.
-
-    Window k starts at byte k * sequence_length of the stream: the last target of a window is the
-    first input of the next, so every byte but the first is a target once. The tail that fills no
-    window is dropped.
-
-    grain's own ConcatThenSplit has no such overlap, and loses a document when its state went
-    through JSON, as it does in a checkpoint (0.2.18: it compares a tuple with a list).
-    """
-
-    def __init__(self, pieces: grain.IterDataset, sequence_length: int):
-        super().__init__(pieces)
-        self._sequence_length = sequence_length
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _WindowIterator(iter(self._parent), self._sequence_length)
-
-
-class _WindowIterator(grain.DatasetIterator):
-    def __init__(self, pieces: grain.DatasetIterator, sequence_length: int):
-        super().__init__(pieces)
-        self._sequence_length = sequence_length
-        # The pieces that the next window may touch, each with the parent's state before it.
-        self._pieces: collections.deque[tuple[dict[str, Any], np.ndarray]] = collections.deque()
-        self._start = 0  # of the next window, within the first piece
-
-    def __next__(self) -> np.ndarray:
-        end = self._start + self._sequence_length + 1
-        available = sum(len(piece) for _, piece in self._pieces)
-        while available < end:
-            state = self._parent.get_state()
-            piece = next(self._parent)
-            self._pieces.append((state, piece))
-            available += len(piece)
-        window = np.empty(self._sequence_length + 1, np.uint8)
-        start, filled = self._start, 0
-        for _, piece in self._pieces:
-            part = piece[start : start + len(window) - filled]
-            window[filled : filled + len(part)] = part
-            start, filled = 0, filled + len(part)
-        self._start += self._sequence_length
-        # The next window starts with the last byte of this one, so a piece is always left.
-        while self._start >= len(self._pieces[0][1]):
-            self._start -= len(self._pieces.popleft()[1])
-        return window
-
-    def get_state(self) -> dict[str, Any]:
-        pieces = self._pieces[0][0] if self._pieces else self._parent.get_state()
-        return {"pieces": pieces, "start": self._start}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._parent.set_state(state["pieces"])
-        self._pieces.clear()
-        self._start = state["start"]
-
-
-def join_documents(documents: Iterable[bytes]) -> np.ndarray:
-    """A piece of the stream: the documents, each followed by SEPARATOR."""
-    separator = bytes([SEPARATOR])
-    return np.frombuffer(b"".join(document + separator for document in documents), np.uint8)
 
 
 class TextCorpus(tfds.core.ShardBasedBuilder, skip_registration=True):
@@ -251,8 +197,8 @@ def prepare_text_corpus(
         InvalidInput: too few usable files, or too little text for one window in a split.
         BrokenEnvironment: data_dir cannot be written or is full; a file changed meanwhile.
     """
-    mark = fingerprint(corpus, sequence_length, validation_share)
-    name = f"{corpus.name}-{sequence_length}-{mark}"
+    state = _state_of_files(corpus, sequence_length, validation_share)
+    name = f"{corpus.name}-{sequence_length}-{state}"
     directory = data_dir / TextCorpus.name / name / str(TextCorpus.VERSION)
     if directory.exists():
         return directory
@@ -261,7 +207,7 @@ def prepare_text_corpus(
     metadata = {
         "name": name,
         "source": str(corpus.root),
-        "fingerprint": mark,
+        "fingerprint": _fingerprint(splits, sequence_length),
         "sequence_length": sequence_length,
         "documents": {split: len(documents) for split, documents in splits.items()},
         "bytes": {split: sum(d.size for d in documents) for split, documents in splits.items()},

@@ -201,8 +201,8 @@ class _Run:
         run = "" if name == "main" else f" of the {name}"
         return Diverged(
             f"the loss{run} is {loss} at step {step} (mode {mode}); the last good state is the "
-            f"{good}; try a lower optimizer.peak_learning_rate, a longer learning-rate warm-up, a lower "
-            "optimizer.clip_norm or model.dtype=float32, in another workdir"
+            f"{good}; try a lower optimizer.peak_learning_rate, a longer learning-rate warm-up, a "
+            "lower optimizer.clip_norm or model.dtype=float32, in another workdir"
         )
 
     def _probe(self, step: int) -> None:

@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from s24jax import data, text_corpus
+from s24jax import data, packing, text_corpus
 from s24jax.errors import BrokenEnvironment, InvalidInput
 
 L = 16
@@ -148,7 +148,6 @@ def test_bytes_of_a_command_line_come_through():
 
 
 def test_import_is_light():
-    assert data.SEPARATOR == text_corpus.SEPARATOR
     program = "import sys, s24jax.data; print('tensorflow_datasets' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
@@ -274,7 +273,9 @@ def test_a_change_gives_a_new_dataset(corpus, config, change):
     else:
         config.validation_share = 0.4
     second = data.prepare(config, sequence_length=length).description
-    assert second["fingerprint"] != first["fingerprint"]
+    assert second["name"] != first["name"]
+    # The name follows the files' state, the fingerprint their text alone.
+    assert (second["fingerprint"] != first["fingerprint"]) == (change != "mtime")
     for split, stream in expected_streams(files, config.validation_share).items():
         assert read_windows(config, split, length) == expected_windows(stream, length)
 
@@ -327,7 +328,7 @@ def test_a_killed_preparation_is_made_good(config):
     program = f"""
         import os, signal
         from ml_collections import ConfigDict
-        from s24jax import data, text_corpus
+        from s24jax import data, packing, text_corpus
         reread = text_corpus._reread
         def killed(document):
             if document.path.name == "3.txt":
@@ -576,9 +577,9 @@ def test_validation_is_always_the_same(shared_config):
 
 
 def document_iterator(documents, length, read_ahead):
-    source = grain.MapDataset.source(documents).map(lambda d: text_corpus.join_documents([d]))
+    source = grain.MapDataset.source(documents).map(lambda d: packing.join_documents([d]))
     options = grain.ReadOptions(num_threads=read_ahead, prefetch_buffer_size=2 * read_ahead)
-    return iter(text_corpus.CutWindows(source.to_iter_dataset(options), length))
+    return iter(packing.CutWindows(source.to_iter_dataset(options), length))
 
 
 DOCUMENTS = st.lists(st.binary(max_size=30), min_size=1, max_size=12)

@@ -180,7 +180,7 @@ def test_the_data_tell_plausible_mistakes_apart():
 def test_sizes_of_the_split(share, multiple):
     recipe = Recipe(dense_share=share, dense_multiple=multiple)
     data = full_data("float32")
-    assert_results(run(recipe, *on_device(data)), expected(recipe, data))
+    assert_results(RUN(recipe, *on_device(data)), expected(recipe, data))
 
 
 # ------------------------------------------------------------------------------- against autodiff
@@ -292,7 +292,7 @@ def test_bfloat16_gradients_have_the_dtype_of_their_arguments(recipe):
 def test_few_tokens(tokens):
     """Groups are formed over T padded with zeros."""
     data = full_data("float32", tokens)
-    assert_results(run(FULL, *on_device(data)), expected(FULL, data))
+    assert_results(RUN(FULL, *on_device(data)), expected(FULL, data))
 
 
 @each_path
@@ -300,7 +300,7 @@ def test_no_tokens(recipe):
     """Nothing in, nothing out; the weights get a gradient of zeros."""
     _, w_up, w_down, _ = on_device(full_data("float32"))
     none = jnp.zeros((0, D))
-    y3, dx, dw_up, dw_down = run(recipe, none, w_up, w_down, none)
+    y3, dx, dw_up, dw_down = RUN(recipe, none, w_up, w_down, none)
     assert y3.shape == dx.shape == (0, D)
     for gradient in (dw_up, dw_down):
         np.testing.assert_array_equal(gradient, np.zeros((F, D)))
@@ -311,7 +311,7 @@ def test_any_leading_axes_are_tokens_in_row_major_order(leading):
     tokens = math.prod(leading)
     x, w_up, w_down, dy3 = data = full_data("float32", tokens)
     wanted = expected(FULL, data)
-    actual = run(FULL, *on_device((x.reshape(*leading, D), w_up, w_down, dy3.reshape(*leading, D))))
+    actual = RUN(FULL, *on_device((x.reshape(*leading, D), w_up, w_down, dy3.reshape(*leading, D))))
     assert actual[0].shape == actual[1].shape == (*leading, D)
     assert_results(
         (actual[0].reshape(tokens, D), actual[1].reshape(tokens, D), *actual[2:]), wanted
