@@ -30,7 +30,8 @@ def get_config() -> ConfigDict:
     config.model.vocabulary = 256
     config.model.ffn = "relu2_24"  # swiglu, gelu, relu2, relu2_24
     config.model.implementation = "auto"  # auto, reference, triton, cuda
-    config.model.tie_embedding = True
+    config.model.attention = "auto"  # auto, xla, cudnn
+    config.model.tie_embedding = False  # 256 rows are not worth sharing
     config.model.remat = "none"  # none, full, save_y2
     config.model.dtype = "bfloat16"
     config.model.rope_theta = 10000.0

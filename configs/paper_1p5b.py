@@ -26,6 +26,7 @@ def get_config(mode: str = ""):
     config.model.heads = 16
     config.model.hidden = 8192
     config.model.vocabulary = 131_072
+    config.model.tie_embedding = True
     config.model.remat = "save_y2"
 
     config.optimizer.peak_learning_rate = 3e-3

@@ -149,11 +149,25 @@ def output_gain(config) -> float:
     return (2 * config.layers) ** -0.5
 
 
+def _against_cudnn(dtype) -> str | None:
+    if jax.default_backend() != "gpu":
+        return f"needs an NVIDIA GPU, jax runs on {jax.default_backend()}"
+    return None if dtype.itemsize == 2 else f"takes 16-bit types, model.dtype is {dtype}"
+
+
+ATTENTION = [
+    dispatch.Candidate("cudnn", nnx.identity, _against_cudnn),
+    dispatch.Candidate("xla", nnx.identity),
+]
+
+
 class Attention(nnx.Module):
     """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
 
     def __init__(self, config, *, dtype, rngs: nnx.Rngs):
         self.heads, self.theta = config.heads, config.rope_theta
+        chosen = dispatch.resolve("attention", config.attention, ATTENTION, dtype)
+        self.implementation = chosen.name
         linear = {"use_bias": False, "dtype": dtype, "rngs": rngs}
         scale = config.width**-0.5
         normal = nnx.initializers.normal
@@ -178,7 +192,9 @@ class Attention(nnx.Module):
         positions_L = start + jnp.arange(L)
         q, k = (rotate(y, positions_L, self.theta) for y in (q, k))
         if past is None:
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            mixed = jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=self.implementation
+            )
             return self.out(mixed.reshape(B, L, D)), None
         keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
@@ -304,15 +320,16 @@ class Transformer(nnx.Module):
         return self._unembed(x_BLD[:, -1:])[:, 0], cache
 
     def _embed(self, tokens_BL):
-        # The table's rows have length about 1 (they are also the tied output weights); the residual
-        # stream starts at a scale of 1 a channel.
+        # The table's rows have length about 1; the residual stream starts at a scale of 1 a channel.
         return self.embedding(tokens_BL) * jnp.asarray(self.config.width**0.5, self.dtype)
 
     def _unembed(self, x_BLD):
         x_BLD = self.norm(x_BLD)
-        tied = self.config.tie_embedding
-        logits = self.embedding.attend(x_BLD) if tied else self.unembedding(x_BLD)
-        return logits.astype(jnp.float32)
+        if not self.config.tie_embedding:
+            return self.unembedding(x_BLD).astype(jnp.float32)
+        # Undoes the factor of `_embed`: without it a fresh model is sure that each token repeats.
+        x_BLD *= jnp.asarray(self.config.width**-0.5, self.dtype)
+        return self.embedding.attend(x_BLD).astype(jnp.float32)
 
 
 def _check(config) -> None:

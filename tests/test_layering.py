@@ -28,12 +28,14 @@ FLOORS = [
     ["s24jax"],  # the package's face: what it re-exports is all below
     ["s24jax.model"],
     [
+        "s24jax.catalogue",
         "s24jax.checkpoint",
         "s24jax.data",
         "s24jax.doctor",
         "s24jax.evaluate",
         "s24jax.meter",
         "s24jax.optimizer",
+        "s24jax.packing",
         "s24jax.plots",
         "s24jax.sample",
         "s24jax.schedules",

@@ -70,7 +70,7 @@ def check_stored(actual: Compressed24, expected: oracles.Stored, grouping, axis,
     np.testing.assert_array_equal(actual.indices(), expected.indices)
     oracles.assert_bits(actual.values, expected.values)
     assert (actual.axis, actual.shape, actual.grouping) == (axis, shape, grouping)
-    # Legal everywhere, padding included: the hardware reads whole bytes.
+    # Legal in every nibble, padding included, whatever order a kernel keeps the bytes in.
     nibbles = np.asarray(actual.metadata)[..., None] >> np.array([0, 4], np.uint8) & 0xF
     assert np.all((nibbles & 3) < nibbles >> 2)
 
@@ -162,13 +162,12 @@ def test_sparsify24_counts_before_pruning(implementation):
 def test_sparsify24_of_any_bits(dtype, implementation):
     """The choice only: values outside the normal numbers have tests of their own."""
     run(sparsify24, jnp.zeros((4, 12), dtype), implementation=implementation)  # or skip
-    compiled = jax.jit(lambda y1: sparsify24(y1, implementation=implementation))
+    indices = jax.jit(lambda y1: sparsify24(y1, implementation=implementation)[0].indices())
 
     @given(oracles.bit_patterns(dtype, (4, 12)))
     def check(y1):
-        y2, _ = compiled(jnp.asarray(y1))
         expected = oracles.compress(oracles.relu(y1), 1)
-        np.testing.assert_array_equal(y2.metadata, expected.metadata)
+        np.testing.assert_array_equal(indices(jnp.asarray(y1)), expected.indices)
 
     check()
 

@@ -19,7 +19,7 @@ class Candidate(NamedTuple):
     """One implementation of an op.
 
     Attributes:
-      name: a member of `Implementation`.
+      name: a member of `Implementation`, or a library's name where the op is not ours.
       run: the function, with the signature of the op.
       reason_against: called with the op's arguments; why this implementation cannot take them, or
         None where it can.
@@ -48,7 +48,7 @@ def choices() -> list[Choice]:
 
 
 def resolve(
-    op: str, requested: Implementation, candidates: Sequence[Candidate], *args, **kwargs
+    op: str, requested: str, candidates: Sequence[Candidate], *args, **kwargs
 ) -> Candidate:
     """The candidate that runs `op` on these arguments.
 
@@ -58,15 +58,14 @@ def resolve(
       candidates: the implementations that exist, the preferred first.
 
     Raises:
-      InvalidInput: `requested` is not a name of an implementation.
+      InvalidInput: `requested` is no name of an implementation, of this op or in general.
       Unsupported: the named implementation does not exist for this op, or cannot take the case.
     """
-    if requested not in get_args(Implementation):
-        raise InvalidInput(
-            f"{op}: implementation {requested!r} does not exist; "
-            f"use one of {', '.join(get_args(Implementation))}"
-        )
     existing = ", ".join(candidate.name for candidate in candidates)
+    if requested not in {*get_args(Implementation), *existing.split(", ")}:
+        raise InvalidInput(
+            f"{op}: implementation {requested!r} does not exist; use 'auto' or one of {existing}"
+        )
     reasons = []
     for candidate in candidates:
         if requested not in ("auto", candidate.name):
