@@ -81,6 +81,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.name += "_smoke"
     config.steps = 6
     config.batch_size = 4
+    config.accumulate = min(config.accumulate, 2)
     config.sequence_length = 32
     config.sparse24_warmup_steps = min(config.sparse24_warmup_steps, 3)
     config.model.layers = 2

@@ -24,7 +24,7 @@ def get_config(mode: str = ""):
     config.model.dtype = "float32"
     config.model.recipe.dense_multiple = 16
 
-    config.optimizer.peak_learning_rate = 5e-3
+    config.optimizer.peak_learning_rate = 6e-3
     config.optimizer.learning_rate_warmup_steps = 30
 
     config.probe_every = 10

@@ -12,6 +12,7 @@ Users read the positions through `indices()`; the metadata's byte order belongs 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,9 @@ class Compressed24:
       grouping: which positions of the compressed axis share a group.
     """
 
-    values: Array
-    metadata: Array
+    # Any: jax also puts shapes and specs in the leaves of a pytree.
+    values: Any
+    metadata: Any
     axis: int = dataclasses.field(metadata={"static": True})
     shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     grouping: TokenGrouping = dataclasses.field(default=ADJACENT, metadata={"static": True})
@@ -53,7 +55,7 @@ class Compressed24:
         """Bytes stored: 0.5625 of the dense matrix in a 16-bit dtype."""
         return self.values.nbytes + self.metadata.nbytes
 
-    def indices(self) -> UInt8[Array, "M K/4 2"]:
+    def indices(self) -> UInt8[Array, "M groups 2"]:
         """Positions 0..3 of each group's two kept elements, ascending."""
         groups = self.shape[self.axis] // 4
         nibbles = jnp.stack([self.metadata & 0xF, self.metadata >> 4], axis=-1)
@@ -74,7 +76,7 @@ class Compressed24:
         values = jnp.take_along_axis(groups, self.indices().astype(jnp.int32), axis=-1)
         return self.with_values(values.reshape(self.values.shape))
 
-    def with_values(self, values: Float[Array, "M K/2"]) -> "Compressed24":
+    def with_values(self, values: Float[Array, "M kept"]) -> "Compressed24":
         """Other values under the same mask and metadata."""
         return dataclasses.replace(self, values=values)
 

@@ -320,7 +320,7 @@ class Transformer(nnx.Module):
         return self._unembed(x_BLD[:, -1:])[:, 0], cache
 
     def _embed(self, tokens_BL):
-        # The table's rows have length about 1; the residual stream starts at a scale of 1 a channel.
+        # The table's rows have length about 1; the residual stream starts at 1 a channel.
         return self.embedding(tokens_BL) * jnp.asarray(self.config.width**0.5, self.dtype)
 
     def _unembed(self, x_BLD):

@@ -75,23 +75,28 @@ def generate(
     Raises:
       InvalidInput: an empty prompt, or prompt and continuation do not fit.
     """
-    prompt_1L = np.asarray(encode(prompt), np.int32)[None]
-    length = prompt_1L.shape[1]
-    if length == 0:
-        raise InvalidInput("the prompt is empty; give at least one character")
-    if tokens < 1 or length + tokens > context:
-        raise InvalidInput(
-            f"{length} bytes of prompt and {tokens} to sample do not fit the context of "
-            f"{context} bytes; sample 1..{context - length} or shorten the prompt"
-        )
-    if temperature < 0:
-        raise InvalidInput(f"temperature {temperature} is negative; use 0 (greedy) or more")
-    cache = model_of(params).empty_cache(1, length + tokens)
+    check_request(prompt, tokens=tokens, temperature=temperature, context=context)
+    prompt_1L = np.asarray(encode(prompt))[None]
+    cache = model_of(params).empty_cache(1, prompt_1L.shape[1] + tokens)
     logits, cache = prefill(model_of, params, prompt_1L, cache, mode=mode)
     drawn = decode_tokens(
         model_of, params, logits, cache, rng, tokens=tokens, temperature=temperature, mode=mode
     )
     return prompt + decode(np.asarray(drawn[0]))
+
+
+def check_request(prompt: str, *, tokens: int, temperature: float, context: int) -> None:
+    """Raises InvalidInput where `generate` cannot take these values."""
+    length = len(encode(prompt))
+    if length == 0:
+        raise InvalidInput("the prompt is empty; give at least one character")
+    if tokens < 1 or length + tokens > context:
+        raise InvalidInput(
+            f"{length} bytes of prompt and {tokens} to sample do not fit the context of {context} "
+            f"bytes; sample 1..{context - length} or shorten the prompt"
+        )
+    if temperature < 0:
+        raise InvalidInput(f"temperature {temperature} is negative; use 0 (greedy) or more")
 
 
 def sample(

@@ -19,9 +19,9 @@ from s24jax.meter import Meter
 from s24jax.schedules import ffn_mode
 from s24jax.sparsity_metrics import SQUARED_RELU
 from s24jax.summary import summarize
-from s24jax.train_step import TrainState, make_program
+from s24jax.train_step import TrainState, make_program, trace
 from s24jax.typing import FFNMode
-from s24jax.workdir import claim, record_implementations
+from s24jax.workdir import check_owner, claim, record_implementations
 from s24jax.writer import MetricWriter, Progress, read_json, read_metrics, write_bytes, write_json
 
 
@@ -42,10 +42,19 @@ def train(config, workdir) -> dict | None:
     """
     check(config)
     corpus = data.prepare(config.data, sequence_length=config.sequence_length)
-    workdir = claim(workdir, config, corpus.description)
+    workdir = check_owner(workdir, config, corpus.description)
     if (workdir / "summary.json").exists():
         return read_json(workdir / "summary.json")
-    with _Run(config, workdir) as run:
+    program = make_program(config)
+    trace(program, config)
+    sizes = {"sequence_length": config.sequence_length, "batch_size": config.batch_size}
+    iterator = data.train_iterator(config.data, seed=config.seed, **sizes)
+    validation = data.validation_batches(
+        config.data, num_batches=config.validation_batches, **sizes
+    )
+    # All that can be wrong with the configuration is known by now.
+    claim(workdir, config, corpus.description)
+    with _Run(config, workdir, program, iterator, validation) as run:
         for step in range(run.step + 1, config.steps + 1):
             run.advance(step)
             run.after_step(step)
@@ -72,6 +81,7 @@ def check(config) -> None:
     for name in ("steps", "batch_size", "accumulate", "sequence_length", *intervals):
         if config[name] < 1:
             raise InvalidInput(f"{name}={config[name]} must be at least 1")
+    sample.check_request(context=config.sequence_length, **config.sample)
     if config.dense_twin and config.model.ffn != "relu2_24":
         raise InvalidInput(
             f"dense_twin=True needs model.ffn=relu2_24, not {config.model.ffn!r}; "
@@ -86,14 +96,9 @@ class _Run:
     the state at the switch that goes on dense on the same batches.
     """
 
-    def __init__(self, config, workdir):
-        self.config, self.workdir = config, workdir
-        self.program = make_program(config)
-        sizes = {"sequence_length": config.sequence_length, "batch_size": config.batch_size}
-        self.iterator = data.train_iterator(config.data, seed=config.seed, **sizes)
-        self.validation = data.validation_batches(
-            config.data, num_batches=config.validation_batches, **sizes
-        )
+    def __init__(self, config, workdir, program, iterator, validation):
+        self.config, self.workdir, self.program = config, workdir, program
+        self.iterator, self.validation = iterator, validation
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         self.states = self._restore_or_init()
         self.step = int(self.states["main"].step)

@@ -5,6 +5,7 @@ training loop chooses between them.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from flax import nnx
 
 from s24jax.model import Transformer
 from s24jax.optimizer import make_optimizer
-from s24jax.schedules import learning_rate_schedule
+from s24jax.schedules import ffn_mode, learning_rate_schedule
 from s24jax.sparsity_metrics import observe_ffn
 from s24jax.typing import Array, FFNMode, Float, Int
 
@@ -31,10 +32,11 @@ class TrainState:
       rng: key data for sampling, uint32.
     """
 
-    step: Array
+    # Any: jax also puts shapes and shardings in a pytree's leaves.
+    step: Any
     params: Any
     optimizer: Any
-    rng: Array
+    rng: Any
 
 
 class Program(NamedTuple):
@@ -93,7 +95,7 @@ def make_program(config) -> Program:
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         metrics = {
             "loss": value,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate(state.step),
         }
         params = optax.apply_updates(state.params, updates)
@@ -110,6 +112,19 @@ def make_program(config) -> Program:
         probe=jax.jit(probe),
         model=model,
     )
+
+
+def trace(program: Program, config) -> None:
+    """Traces the step in each mode of the run, so that what cannot run is known before it starts.
+
+    Raises:
+      Unsupported: a named implementation cannot run here.
+    """
+    shape = (config.batch_size, config.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+    state = jax.eval_shape(program.init)
+    for mode in dict.fromkeys((ffn_mode(1, config), ffn_mode(config.steps, config))):
+        jax.eval_shape(partial(program.train_step, mode=mode), state, tokens)
 
 
 def _new_model(config) -> Transformer:

@@ -44,11 +44,11 @@ def read_config(workdir) -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(record["config"]).lock()
 
 
-def claim(workdir, config, data: dict) -> pathlib.Path:
-    """Makes `workdir` this configuration's, or checks that it is.
+def check_owner(workdir, config, data: dict) -> pathlib.Path:
+    """Checks that `workdir` is free or this configuration's; writes nothing.
 
     Args:
-      workdir: made where it does not exist.
+      workdir: need not exist.
       config: the whole configuration.
       data: the corpus, the `description` of `s24jax.data.Dataset`; its "fingerprint" identifies it.
 
@@ -65,8 +65,6 @@ def claim(workdir, config, data: dict) -> pathlib.Path:
                 f"{workdir} holds {strangers[0]} but no run.json, so whose it is cannot "
                 "be told; use another --workdir"
             )
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(workdir / "run.json", _record(config, data))
         return workdir
     key, there, here = _first_difference(record["config"], config.to_dict())
     if key:
@@ -81,6 +79,12 @@ def claim(workdir, config, data: dict) -> pathlib.Path:
             f"{there} then, {here} now); use another --workdir"
         )
     return workdir
+
+
+def claim(workdir: pathlib.Path, config, data: dict) -> None:
+    """Makes a free `workdir` this configuration's: the first thing that is written into it."""
+    if _read_record(workdir) is None:
+        write_json(workdir / "run.json", _record(config, data))
 
 
 def record_implementations(workdir) -> None:

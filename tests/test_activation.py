@@ -103,8 +103,11 @@ def test_dot_contracts_the_named_axes(contract, dtype):
 
 
 def test_dot_accumulates_in_float32_and_rounds_to_the_dtype_asked_for():
-    a, b = jnp.ones((1, 260), jnp.bfloat16), jnp.ones((260, 1), jnp.bfloat16)
+    """A bfloat16 running sum of ones stops at 256, and 261 is no bfloat16 number."""
+    a, b = jnp.ones((1, 261), jnp.bfloat16), jnp.ones((261, 1), jnp.bfloat16)
     wide = numerics.dot(a, b, contract=(1, 0), dtype=jnp.float32)
     assert wide.dtype == jnp.float32
-    assert float(wide[0, 0]) == 260.0  # a bfloat16 running sum of ones stops at 256
-    assert numerics.dot(a, b, contract=(1, 0)).dtype == jnp.bfloat16
+    assert float(wide[0, 0]) == 261.0
+    narrow = numerics.dot(a, b, contract=(1, 0))
+    assert narrow.dtype == jnp.bfloat16
+    assert float(narrow[0, 0]) == 260.0

@@ -19,7 +19,8 @@ SPLIT = jax.jit(split_features, static_argnums=1)
     [
         (3072, 0.05, 128, 256),  # 153.6
         (8192, 0.05, 128, 512),  # 409.6
-        (2560, 0.05, 128, 128),  # exactly one tile: 0.05 * 2560 in floating point is above 128
+        (2560, 0.05, 128, 128),  # exactly one tile
+        (3200, 0.07, 32, 224),  # exactly seven; 224.00000000000003 in floating point
         (1000, 0.1, 100, 100),
         (300, 0.07, 1, 21),  # 21.000000000000004 in floating point
         (32, 0.05, 8, 8),

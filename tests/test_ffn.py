@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.extend import core
 from jax.test_util import check_grads
 
 from s24jax import Recipe, ffn, ffn24, numerics
@@ -285,6 +286,36 @@ def test_bfloat16_chooses_on_the_rounded_pre_activation(consistent):
 def test_bfloat16_gradients_have_the_dtype_of_their_arguments(recipe):
     data = on_device(full_data("bfloat16"))
     assert {result.dtype for result in RUN(recipe, *data)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def jaxprs_in(part):
+    """Every jaxpr inside a jaxpr, itself included."""
+    part = getattr(part, "jaxpr", part)
+    if isinstance(part, core.Jaxpr):
+        yield part
+        for equation in part.eqns:
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else [value]:
+                    yield from jaxprs_in(inner)
+
+
+@each_path
+def test_every_rounding_to_bfloat16_is_one_that_xla_may_not_remove(recipe):
+    """Looked up in the program: XLA's CPU compiler keeps plain casts too, its GPU compiler may not,
+    so that here no result would tell."""
+    program = jax.make_jaxpr(functools.partial(run, recipe))(*on_device(full_data("bfloat16")))
+    casts = []
+    for jaxpr in jaxprs_in(program):
+        made_by = {id(out): e.primitive.name for e in jaxpr.eqns for out in e.outvars}
+        casts += [
+            made_by.get(id(e.invars[0]))
+            for e in jaxpr.eqns
+            if e.primitive.name == "convert_element_type"
+            and e.invars[0].aval.dtype == jnp.float32
+            and e.outvars[0].aval.dtype == jnp.bfloat16
+        ]
+    assert len(casts) >= 8, "Y1, Y2, Y3, dY2, dY1, dX and two weight gradients"
+    assert set(casts) == {"reduce_precision"}
 
 
 # ------------------------------------------------------------------------------- sizes and shapes

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from ml_collections import ConfigDict
 
+from configs import base
 from s24jax.errors import InvalidInput, Unsupported
 from s24jax.model import FFN, Cache, Transformer, rotate
 from s24jax.recipe import Recipe
@@ -27,6 +28,7 @@ SIZES = {
     "vocabulary": 11,
     "ffn": "relu2_24",
     "implementation": "auto",
+    "attention": "auto",
     "tie_embedding": True,
     "remat": "none",
     "dtype": "float32",
@@ -161,7 +163,8 @@ def transformer(params: dict, tokens, config, mode: str) -> Trace:
         margins.append(margin)
         ties += tied
     x = rms_norm(x, params["norm/scale"])
-    out = table.T if config.tie_embedding else params["unembedding/kernel"]
+    tied = config.tie_embedding
+    out = table.T / math.sqrt(config.width) if tied else params["unembedding/kernel"]
     return Trace(x @ out, np.stack(inputs), min(margins), ties)
 
 
@@ -201,7 +204,9 @@ class Program(NamedTuple):
 def settings(**changes) -> ConfigDict:
     """A `model` configuration; what is a field of `Recipe` goes to its recipe."""
     recipe = {key: changes.pop(key, value) for key, value in RECIPE.items()}
-    return ConfigDict({**SIZES, **changes, "recipe": recipe})
+    config = base.get_config().model.lock()
+    config.update({**SIZES, **changes, "recipe": recipe})
+    return config
 
 
 def name_of(path) -> str:
@@ -265,7 +270,6 @@ def program(*, special: bool = False, **changes) -> Program:
     )
 
 
-@functools.cache
 def tokens(length: int = LENGTH) -> jax.Array:
     drawn = np.random.default_rng(4).integers(0, SIZES["vocabulary"], (BATCH, length))
     drawn[0, 0] = FAINT
@@ -807,7 +811,12 @@ def test_the_configuration_is_copied_and_locked():
         ({"token_grouping": "near"}, "'near'", "strided, adjacent, random"),
         ({"remat": "some"}, "model.remat='some'", "none, full, save_y2"),
         ({"dtype": "float16"}, "model.dtype='float16'", "float32 or bfloat16"),
-        ({"ffn": "gelu", "implementation": "fast"}, "'fast'", "auto, reference, triton, cuda"),
+        ({"ffn": "gelu", "implementation": "fast"}, "'fast'", "use 'auto' or one of reference"),
+        (
+            {"attention": "flash"},
+            "attention: implementation 'flash'",
+            "'auto' or one of cudnn, xla",
+        ),
     ],
 )
 def test_what_cannot_work_says_so(changes, value, mend):
@@ -832,6 +841,18 @@ def test_dense_kinds_have_no_kernels(kind):
         assert "implementation='auto'" in message
     for name in ("auto", "reference"):
         FFN(8, 16, kind, implementation=name, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN can run")
+def test_cudnn_attention_needs_a_gpu():
+    with pytest.raises(Unsupported) as error:
+        Transformer(settings(attention="cudnn"), rngs=nnx.Rngs(params=0))
+    message = oracles.assert_one_line(error)
+    assert "attention: implementation 'cudnn'" in message and "needs an NVIDIA GPU" in message
+    p = program(attention="xla")
+    logits = p.forward(p.params, tokens(), "dense")
+    default = program()
+    oracles.assert_bits(logits, default.forward(default.params, tokens(), "dense"))
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])

@@ -47,9 +47,7 @@ def choices() -> list[Choice]:
     return list(_choices)
 
 
-def resolve(
-    op: str, requested: str, candidates: Sequence[Candidate], *args, **kwargs
-) -> Candidate:
+def resolve(op: str, requested: str, candidates: Sequence[Candidate], *args, **kwargs) -> Candidate:
     """The candidate that runs `op` on these arguments.
 
     Args:
