@@ -16,13 +16,14 @@ from s24jax.checkpoint import Checkpoints
 from s24jax.errors import Diverged, InvalidInput
 from s24jax.evaluate import bits_per_byte, mean_loss
 from s24jax.meter import Meter
+from s24jax.progress import Progress
 from s24jax.schedules import ffn_mode
 from s24jax.sparsity_metrics import SQUARED_RELU
 from s24jax.summary import summarize
 from s24jax.train_step import TrainState, make_program, trace
 from s24jax.typing import FFNMode
 from s24jax.workdir import check_owner, claim, record_implementations
-from s24jax.writer import MetricWriter, Progress, read_json, read_metrics, write_bytes, write_json
+from s24jax.writer import MetricWriter, read_json, read_metrics, write_bytes, write_json
 
 
 def train(config, workdir) -> dict | None:
