@@ -48,7 +48,7 @@ def get_config() -> ConfigDict:
     config.optimizer = ConfigDict()
     config.optimizer.peak_learning_rate = 1e-3
     config.optimizer.learning_rate_warmup_steps = 100
-    config.optimizer.final_share = 0.1  # of the peak, at the last step
+    config.optimizer.final_share = 0.1  # of the peak, where the decay ends
     config.optimizer.b1 = 0.9
     config.optimizer.b2 = 0.95
     config.optimizer.epsilon = 1e-8

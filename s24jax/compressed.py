@@ -19,7 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from s24jax.errors import InvalidInput
-from s24jax.prune24 import check_axis, choose_two, kept_indices, magnitude_rank
+from s24jax.prune24 import (
+    check_axis,
+    choose_two,
+    join_groups,
+    kept_indices,
+    magnitude_rank,
+    split_groups,
+)
 from s24jax.token_groups import ADJACENT, TokenGrouping
 from s24jax.typing import Array, Float, UInt8
 
@@ -59,20 +66,24 @@ class Compressed24:
         """Positions 0..3 of each group's two kept elements, ascending."""
         groups = self.shape[self.axis] // 4
         nibbles = jnp.stack([self.metadata & 0xF, self.metadata >> 4], axis=-1)
-        nibbles = nibbles.reshape(nibbles.shape[0], -1)[:, :groups]
+        nibbles = nibbles.reshape(nibbles.shape[0], 2 * nibbles.shape[1])[:, :groups]
         return jnp.stack([nibbles & 3, nibbles >> 2], axis=-1)
 
     def decompress(self) -> Float[Array, "rows columns"]:
         """The dense matrix of shape `shape`; dropped elements are +0.0."""
-        kept = self.values.reshape(self.values.shape[0], -1, 2)
+        return _from_rows(self.dense_rows(), self.axis, self.grouping)
+
+    def dense_rows(self) -> Float[Array, "M K"]:
+        """The dense elements as they are stored: rows along the other axis, K in group order."""
+        rows, kept_columns = self.values.shape
+        kept = self.values.reshape(rows, kept_columns // 2, 2)
         position = jnp.arange(4, dtype=jnp.uint8)
         first, second = (self.indices()[..., i, None] == position for i in range(2))
-        groups = jnp.where(first, kept[..., :1], jnp.where(second, kept[..., 1:], 0))
-        return _from_rows(groups.reshape(groups.shape[0], -1), self.axis, self.grouping)
+        return join_groups(jnp.where(first, kept[..., :1], jnp.where(second, kept[..., 1:], 0)), 1)
 
     def gather(self, dense: Float[Array, "rows columns"]) -> "Compressed24":
         """The elements of another matrix of the same shape at this one's kept positions."""
-        groups = _to_rows(dense, self.axis, self.grouping).reshape(self.values.shape[0], -1, 4)
+        groups = split_groups(_to_rows(dense, self.axis, self.grouping), 1)
         values = jnp.take_along_axis(groups, self.indices().astype(jnp.int32), axis=-1)
         return self.with_values(values.reshape(self.values.shape))
 
@@ -114,7 +125,7 @@ def compress24_by(
     check_axis(y, axis, "compress24")
     axis, grouping = axis % 2, grouping or ADJACENT
     by_rows = _to_rows(choose_by, axis, grouping)
-    rank = magnitude_rank(by_rows.reshape(by_rows.shape[0], -1, 4))
+    rank = magnitude_rank(split_groups(by_rows, 1))
     metadata = _pack(kept_indices(choose_two(rank)))
     empty = jnp.zeros((by_rows.shape[0], by_rows.shape[1] // 2), y.dtype)
     return Compressed24(empty, metadata, axis, y.shape, grouping).gather(y)

@@ -28,7 +28,7 @@ def dense_feature_count(features: int, *, share: float, multiple: int) -> int:
     Raises:
       InvalidInput: no sparse feature would remain.
     """
-    # As a decimal fraction: in floating point 0.05 * 2560 is a little above 128.
+    # As a decimal fraction: in floating point 0.07 * 3200 is a little above 224.
     exact = Fraction(str(share)) * features
     dense = math.ceil(exact / multiple) * multiple
     if dense >= features:

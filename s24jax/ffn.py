@@ -13,6 +13,7 @@ X and the compressed Y2 are all that is saved: relu(Y1) is sqrt(Y2), and where t
 so is dY1. Source: Haziza et al. 2025, arXiv 2503.16672.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -64,7 +65,7 @@ def ffn24(
       Unsupported: the named implementation cannot run here.
     """
     _check(x, w_up, w_down, recipe)
-    x_TD = x.reshape(-1, x.shape[-1])
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     tokens = x_TD.shape[0]
     x_TD = jnp.pad(x_TD, ((0, -tokens % 4), (0, 0)))
     y3_TD = _ffn24(recipe, implementation, x_TD, w_up, w_down)
@@ -141,7 +142,7 @@ def _dense(y: Compressed24 | Float[Array, "T F"]) -> Float[Array, "T F"]:
 
 
 def _check(x: Array, w_up: Array, w_down: Array, recipe: Recipe) -> None:
-    if w_up.ndim != 2 or w_up.shape != w_down.shape or w_up.shape[1] != x.shape[-1]:
+    if x.ndim < 1 or w_up.ndim != 2 or w_up.shape != w_down.shape or w_up.shape[1] != x.shape[-1]:
         raise InvalidInput(
             f"ffn24: x {x.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit; "
             "both weights must be [F, D] with D the last axis of x"

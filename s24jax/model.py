@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from s24jax.activation import relu2
+from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
 from s24jax.ops import dispatch
@@ -85,6 +86,8 @@ class FFN(nnx.Module):
 
     def __call__(self, x: Float[Array, "... D"], mode: FFNMode = "dense") -> Float[Array, "... D"]:
         w_up, w_down = self.w_up[...].astype(self.dtype), self.w_down[...].astype(self.dtype)
+        if mode not in get_args(FFNMode):
+            raise InvalidInput(f"mode {mode!r} does not exist; use 'dense' or 'sparse24'")
         if mode == "sparse24":
             if self.kind != "relu2_24":
                 raise InvalidInput(
@@ -127,19 +130,6 @@ class Cache(NamedTuple):
     length: Int[Array, ""]
 
 
-def rotate(x_BLHC: Array, positions_L: Array, theta: float) -> Array:
-    """Rotary position embedding: channel pairs (c, c + C/2) turn by position * theta^(-2c/C).
-
-    Computed in float32. Source: Su et al. 2021, arXiv 2104.09864.
-    """
-    half = x_BLHC.shape[-1] // 2
-    angle_LC = positions_L[:, None] * theta ** (-jnp.arange(half) / half)
-    cos, sin = jnp.cos(angle_LC)[None, :, None, :], jnp.sin(angle_LC)[None, :, None, :]
-    first, second = jnp.split(x_BLHC.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BLHC.dtype)
-
-
 def output_gain(config) -> float:
     """Factor on the initial weights that write to the residual stream: 1 / sqrt(2 * layers).
 
@@ -149,60 +139,6 @@ def output_gain(config) -> float:
     return (2 * config.layers) ** -0.5
 
 
-def _against_cudnn(dtype) -> str | None:
-    if jax.default_backend() != "gpu":
-        return f"needs an NVIDIA GPU, jax runs on {jax.default_backend()}"
-    return None if dtype.itemsize == 2 else f"takes 16-bit types, model.dtype is {dtype}"
-
-
-ATTENTION = [
-    dispatch.Candidate("cudnn", nnx.identity, _against_cudnn),
-    dispatch.Candidate("xla", nnx.identity),
-]
-
-
-class Attention(nnx.Module):
-    """Causal multi-head self-attention through `jax.nn.dot_product_attention`."""
-
-    def __init__(self, config, *, dtype, rngs: nnx.Rngs):
-        self.heads, self.theta = config.heads, config.rope_theta
-        chosen = dispatch.resolve("attention", config.attention, ATTENTION, dtype)
-        self.implementation = chosen.name
-        linear = {"use_bias": False, "dtype": dtype, "rngs": rngs}
-        scale = config.width**-0.5
-        normal = nnx.initializers.normal
-        self.qkv = nnx.Linear(config.width, 3 * config.width, kernel_init=normal(scale), **linear)
-        self.out = nnx.Linear(
-            config.width, config.width, kernel_init=normal(output_gain(config) * scale), **linear
-        )
-
-    def __call__(self, x_BLD: Array, past: tuple[Array, Array, Array] | None = None):
-        """Attends to x itself and, where there is one, to the past.
-
-        Args:
-          x_BLD: normalized activations.
-          past: one layer's keys and values [B, S, H, C] and the number of valid tokens.
-
-        Returns:
-          the output [B, L, D] and the updated keys and values (None without a past).
-        """
-        B, L, D = x_BLD.shape
-        q, k, v = jnp.split(self.qkv(x_BLD).reshape(B, L, self.heads, -1), 3, axis=-1)
-        start = 0 if past is None else past[2]
-        positions_L = start + jnp.arange(L)
-        q, k = (rotate(y, positions_L, self.theta) for y in (q, k))
-        if past is None:
-            mixed = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation=self.implementation
-            )
-            return self.out(mixed.reshape(B, L, D)), None
-        keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-        visible_LS = jnp.arange(keys.shape[1])[None, :] <= positions_L[:, None]
-        mixed = jax.nn.dot_product_attention(q, keys, values, mask=visible_LS[None, None])
-        return self.out(mixed.reshape(B, L, D)), (keys, values)
-
-
 class Block(nnx.Module):
     """One layer: attention and FFN, each after a norm and around a residual path."""
 
@@ -210,7 +146,8 @@ class Block(nnx.Module):
         dtype = jnp.dtype(config.dtype)
         norm = {"epsilon": 1e-6, "dtype": dtype, "rngs": rngs}
         self.attention_norm = nnx.RMSNorm(config.width, **norm)
-        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        gain = output_gain(config)
+        self.attention = Attention(config, output_gain=gain, dtype=dtype, rngs=rngs)
         self.ffn_norm = nnx.RMSNorm(config.width, **norm)
         self.ffn = FFN(
             config.width,
@@ -218,7 +155,7 @@ class Block(nnx.Module):
             config.ffn,
             recipe=Recipe(**config.recipe),
             implementation=config.implementation,
-            output_gain=output_gain(config),
+            output_gain=gain,
             dtype=dtype,
             rngs=rngs,
         )
@@ -333,7 +270,7 @@ class Transformer(nnx.Module):
 
 
 def _check(config) -> None:
-    if config.width % config.heads or (config.width // config.heads) % 2:
+    if config.heads < 1 or config.width % config.heads or (config.width // config.heads) % 2:
         raise InvalidInput(
             f"model.width={config.width} does not give {config.heads} heads of an even width; "
             "make it a multiple of 2 * model.heads"

@@ -12,7 +12,11 @@ from s24jax.typing import Array
 
 
 def round_to(x: Array, dtype) -> Array:
-    """`x` rounded to `dtype` (to nearest, ties to even), a rounding that XLA may not remove."""
+    """`x` rounded to `dtype` (to nearest, ties to even), a rounding that XLA may not remove.
+
+    Magnitudes below the smallest normal number of `dtype` become zero: 2^-126 in bfloat16 and
+    float32, but 2^-14 in float16.
+    """
     info = jnp.finfo(dtype)
     return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant).astype(dtype)
 

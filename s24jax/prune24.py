@@ -48,7 +48,8 @@ def split_groups(y: Array, axis: int) -> Array:
 
 def join_groups(groups: Array, axis: int) -> Array:
     """The inverse of `split_groups`."""
-    return jnp.moveaxis(groups.reshape(*groups.shape[:-2], -1), -1, axis)
+    joined = groups.reshape(*groups.shape[:-2], 4 * groups.shape[-2])
+    return jnp.moveaxis(joined, -1, axis)
 
 
 def check_axis(y: Array, axis: int, op: str) -> None:

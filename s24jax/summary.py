@@ -30,7 +30,7 @@ def summarize(config, parameters: int, records: list[dict]) -> dict:
         "parameters": parameters,
         "switch_step": switch[-1] if switch else None,
         **_final(records, "main", ffn_mode(config.steps, config)),
-        "best_validation_loss": min(losses),
+        "best_validation_loss": min(losses, default=None),
     }
     if _select(records, "dense_twin", "train"):
         summary["dense_twin"] = _final(records, "dense_twin", "dense")
@@ -43,24 +43,25 @@ def closing_table(summary: dict) -> str:
     if "dense_twin" in summary:
         columns["dense twin"] = summary["dense_twin"]
     rows = [
-        ("validation loss (nats/token)", lambda s: f"{s['validation_loss']:.4f}"),
-        ("the same weights, evaluated dense", lambda s: f"{s['validation_loss_dense']:.4f}"),
-        ("bits per byte", lambda s: f"{s['bits_per_byte']:.4f}"),
-        ("tokens/s", lambda s: f"{s['tokens_per_second']:,.0f}" if s["tokens_per_second"] else "-"),
+        ("validation loss (nats/token)", "validation_loss", "{:.4f}"),
+        ("the same weights, evaluated dense", "validation_loss_dense", "{:.4f}"),
+        ("bits per byte", "bits_per_byte", "{:.4f}"),
+        ("tokens/s", "tokens_per_second", "{:,.0f}"),
     ]
     if summary["zero_share"] is not None:
         names = ("zeros in Y2", "dropped token-wise", "dropped feature-wise", "inactive features")
-        rows += [
-            (name, lambda s, key=key: f"{100 * s[key]:.1f} %")
-            for name, key in zip(names, SHARES, strict=True)
-        ]
+        rows += [(name, key, "{:.1%}") for name, key in zip(names, SHARES, strict=True)]
     lines = [f"| {summary['name']}, step {summary['steps']} | " + " | ".join(columns) + " |"]
     lines.append("|---|" + "---:|" * len(columns))
-    for name, show in rows:
-        lines.append(
-            f"| {name} | " + " | ".join(show(column) for column in columns.values()) + " |"
-        )
+    for name, key, form in rows:
+        shown = (cell(column[key], form) for column in columns.values())
+        lines.append(f"| {name} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def cell(value, form: str) -> str:
+    """One figure of a table; "-" where there is none."""
+    return "-" if value is None else form.format(value)
 
 
 def _select(records: list[dict], run: str, kind: str) -> list[dict]:

@@ -3,7 +3,8 @@
 import pathlib
 
 from s24jax.errors import Diverged, InvalidInput
-from s24jax.plots import plot_sweep
+from s24jax.summary import cell
+from s24jax.sweep_plot import plot_sweep
 from s24jax.train import check, train
 from s24jax.train_step import make_program
 from s24jax.writer import read_json, write_bytes, write_json
@@ -102,13 +103,9 @@ def table(rows: list[dict], baseline: str) -> str:
             cells = ["-", f"diverged: {row['diverged']}"] + ["-"] * (len(COLUMNS) - 1)
         else:
             gap = "-" if reference is None else f"{row['validation_loss'] - reference:+.4f}"
-            cells = [gap] + [_cell(row[key], form) for key, form in COLUMNS.values()]
+            cells = [gap] + [cell(row[key], form) for key, form in COLUMNS.values()]
         lines.append(f"| {' | '.join([row['name'], *cells])} |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(value, form: str) -> str:
-    return "-" if value is None else form.format(value)
 
 
 def _run_row(config, workdir: pathlib.Path) -> dict | None:

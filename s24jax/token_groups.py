@@ -35,6 +35,8 @@ class TokenGrouping:
                 f"token grouping {self.kind!r} does not exist; "
                 f"use one of {', '.join(get_args(Kind))}"
             )
+        if self.seed < 0:
+            raise InvalidInput(f"grouping_seed={self.seed} is negative; use 0 or more")
 
     def order(self, tokens: int) -> np.ndarray:
         """Token indices [T] in group order: group j is `order[4*j : 4*j + 4]`."""

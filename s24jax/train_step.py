@@ -16,7 +16,7 @@ from flax import nnx
 from s24jax.model import Transformer
 from s24jax.optimizer import make_optimizer
 from s24jax.schedules import ffn_mode, learning_rate_schedule
-from s24jax.sparsity_metrics import observe_ffn
+from s24jax.sparsity_metrics import SQUARED_RELU, observe_ffn
 from s24jax.typing import Array, FFNMode, Float, Int
 
 
@@ -118,6 +118,7 @@ def trace(program: Program, config) -> None:
     """Traces the step in each mode of the run, so that what cannot run is known before it starts.
 
     Raises:
+      InvalidInput: F does not fit the recipe.
       Unsupported: a named implementation cannot run here.
     """
     shape = (config.batch_size, config.sequence_length + 1)
@@ -125,6 +126,8 @@ def trace(program: Program, config) -> None:
     state = jax.eval_shape(program.init)
     for mode in dict.fromkeys((ffn_mode(1, config), ffn_mode(config.steps, config))):
         jax.eval_shape(partial(program.train_step, mode=mode), state, tokens)
+    if config.model.ffn in SQUARED_RELU:
+        jax.eval_shape(program.probe, state.params, tokens)
 
 
 def _new_model(config) -> Transformer:

@@ -175,7 +175,7 @@ def test_another_runs_workdir(trained, data_dir):
 
 
 def test_a_full_disk_while_saving(trained, data_dir, tmp_path):
-    """The limit on a file's size stands for the disk: the checkpoint's arrays do not fit under it."""
+    """A limit on the size of files stands for the disk: the checkpoint does not fit."""
 
     def limit():
         import resource

@@ -75,7 +75,7 @@ def test_a_named_implementation_that_does_not_exist_raises(op, monkeypatch):
         call(op, "cuda")
     assert oracles.assert_one_line(error) == (
         f"{op}: implementation 'cuda' cannot run (it exists as reference); "
-        "use implementation='auto'"
+        "use 'auto'"
     )
 
 
@@ -96,7 +96,7 @@ def test_a_named_implementation_that_refuses_raises_with_its_reason():
         dispatch.resolve("fake.refuses", "triton", candidates, 1)
     assert oracles.assert_one_line(error) == (
         "fake.refuses: implementation 'triton' cannot run (triton: needs a GPU); "
-        "use implementation='auto'"
+        "use 'auto'"
     )
     assert not [c for c in dispatch.choices() if c.op == "fake.refuses"]
 
@@ -111,7 +111,7 @@ def test_auto_that_every_candidate_refuses_raises_with_all_reasons():
     message = oracles.assert_one_line(error)
     assert "fake.none" in message
     assert "triton: needs a GPU; cuda: F=6 is too small" in message
-    assert "use implementation='auto'" not in message, "that is what did not work"
+    assert "use 'auto'" not in message, "that is what did not work"
 
 
 def test_auto_takes_the_first_that_can():
@@ -193,8 +193,9 @@ def test_ffn24_hands_the_name_to_every_op_in_both_passes(shared, monkeypatch):
             ran.append(op)
             return reference.run(*args, **kwargs)
 
+        # "auto" would take the first, which must not run.
         monkeypatch.setattr(
-            api_of(op), "CANDIDATES", [Candidate("triton", run), Candidate("reference", never)]
+            api_of(op), "CANDIDATES", [Candidate("reference", never), Candidate("triton", run)]
         )
     recipe = Recipe(dense_multiple=8, shared_feature_mask=shared)
 

@@ -321,9 +321,9 @@ def test_every_rounding_to_bfloat16_is_one_that_xla_may_not_remove(recipe):
 # ------------------------------------------------------------------------------- sizes and shapes
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5])
-def test_few_tokens(tokens):
-    """Groups are formed over T padded with zeros."""
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 11, 12])
+def test_other_numbers_of_tokens(tokens):
+    """Groups are formed over T padded with zeros to the next multiple of 4, not of 8 or 16."""
     data = full_data("float32", tokens)
     assert_results(RUN(FULL, *on_device(data)), expected(FULL, data))
 

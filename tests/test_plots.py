@@ -1,4 +1,3 @@
-import json
 import logging
 import subprocess
 import sys
@@ -6,62 +5,24 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from figures import (
+    BITS_PER_NAT,
+    LAYERS,
+    STEPS,
+    SWITCH,
+    assert_no_overlap,
+    make_records,
+    pick,
+    record,
+    save_records,
+    texts,
+    width_and_height,
+)
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
 
 from s24jax.errors import BrokenEnvironment, InvalidInput
-from s24jax.plots import ema, plot_run, plot_sweep, run_figures, sweep_figure
-
-STEPS, SWITCH, LAYERS = 240, 80, 5
-BITS_PER_NAT = 0.5
-
-
-def record(kind, step, run="main", **values):
-    return {"kind": kind, "run": run, "step": step, **values}
-
-
-def losses(steps, rng, floor=0.6):
-    return floor + 5.3 * np.exp(-steps / 30) * (1 + rng.normal(0, 0.01, len(steps)))
-
-
-def make_records(*, twin=True, sparsity=True, cost=0.02, seed=0):
-    """A run like the measured ones: losses fall with noise, zero share rises, a cost from 2:4."""
-    rng = np.random.default_rng(seed)
-    steps = np.arange(1, STEPS + 1)
-    dense = losses(steps, rng)
-    main = dense + np.where(steps >= SWITCH, cost, 0.0) + rng.normal(0, 0.002, STEPS)
-    records = [record("switch", SWITCH, mode="sparse24")]
-    for step, own, other in zip(steps.tolist(), main.tolist(), dense.tolist(), strict=True):
-        runs = [("main", own), ("dense_twin", other)][: 2 if twin and step >= SWITCH else 1]
-        for run, loss in runs:
-            records.append(record("train", step, run, mode="dense", loss=loss))
-            if step % 20 == 0:
-                values = {"loss": loss + 0.1, "bits_per_byte": (loss + 0.1) * BITS_PER_NAT}
-                records.append(record("validation", step, run, **values))
-        if sparsity and step % 10 == 0:
-            zeros = 0.5 + np.linspace(0.35, 0.48, LAYERS) * (1 - np.exp(-step / 40))
-            shares = {"dropped_token_wise": 0.2 * (1 - zeros), "dropped_feature_wise": 1 - zeros}
-            lists = {
-                name: share.tolist() for name, share in {"zero_share": zeros, **shares}.items()
-            }
-            records.append(record("sparsity", step, **lists))
-    return records
-
-
-def save_records(workdir, records):
-    workdir.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(record) + "\n" for record in records]
-    (workdir / "metrics.jsonl").write_text("".join(lines))
-    return workdir
-
-
-def pick(records, kind, run, key):
-    found = [r for r in records if r["kind"] == kind and r["run"] == run]
-    return [r["step"] for r in found], [r[key] for r in found]
-
-
-def texts(axes):
-    return [text.get_text().strip() for text in axes.texts]
+from s24jax.figure_style import ema
+from s24jax.plots import plot_run, run_figures
 
 
 def legend(figure):
@@ -71,12 +32,6 @@ def legend(figure):
 def line(axes, label):
     (found,) = [line for line in axes.lines if line.get_label() == label]
     return found
-
-
-def width_and_height(png):
-    data = png.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
 def test_ema_against_a_plain_loop():
@@ -114,8 +69,10 @@ def test_the_settings_of_a_notebook_do_not_show():
     assert to_hex(axes.get_facecolor()) == "#ffffff"
 
 
-def test_importing_the_module_leaves_pyplot_alone():
-    code = "import sys, s24jax.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+def test_importing_the_modules_leaves_pyplot_alone():
+    code = (
+        "import sys, s24jax.plots, s24jax.sweep_plot; sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -249,16 +206,29 @@ def test_gap_is_main_minus_twin_at_common_steps():
     assert axes.get_ylabel() == "main run − dense twin (nats per token)"
 
 
+LOGGED = "plots/{}.png is not made: no {} in the {} records of {}".format
+
+
+def logged(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "s24jax.plots"]
+
+
 def test_figures_without_records_are_left_out_and_said(tmp_path, caplog):
+    """Not so the gap: a run without a dense twin misses nothing."""
     save_records(tmp_path, make_records(twin=False, sparsity=False))
     with caplog.at_level(logging.INFO):
         assert [path.name for path in plot_run(tmp_path)] == ["loss.png"]
-    absent = "plots/{} is not made: no {} in the {} records of {}".format
-    assert [r.getMessage() for r in caplog.records if r.name == "s24jax.plots"] == [
-        absent("zero_share.png", "zero_share", "sparsity", "main"),
-        absent("dropped_share.png", "dropped_token_wise", "sparsity", "main"),
-        absent("gap.png", "loss", "train", "dense_twin"),
+    assert logged(caplog) == [
+        LOGGED("zero_share", "zero_share", "sparsity", "main"),
+        LOGGED("dropped_share", "dropped_token_wise", "sparsity", "main"),
     ]
+
+
+def test_a_twin_without_a_finite_loss_is_said(caplog):
+    records = make_records(twin=False) + [record("train", STEPS, "dense_twin", loss=None)]
+    with caplog.at_level(logging.INFO):
+        assert "gap" not in run_figures(records)
+    assert logged(caplog) == [LOGGED("gap", "loss", "train", "dense_twin")]
 
 
 def test_one_step_is_enough(tmp_path):
@@ -287,115 +257,6 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         plot_run(tmp_path)
 
 
-@pytest.fixture
-def rows(tmp_path):
-    rows = []
-    for seed, (name, cost) in enumerate({"dense": 0.0, "2:4": 0.004, "no warm-up": -0.003}.items()):
-        records = make_records(twin=False, cost=cost)
-        workdir = str(save_records(tmp_path / str(seed), records))
-        final = pick(records, "validation", "main", "loss")[1][-1]
-        row = {"name": name, "workdir": workdir, "validation_loss": final, "zero_share": 0.95}
-        rows.append(row)
-    return rows
-
-
-def cells(figure):
-    """The table right of the bars as rows of text, without its header."""
-    found = texts(figure.axes[1])
-    assert found[:3] == ["loss", "change", "zeros"]
-    return [tuple(found[i : i + 3]) for i in range(3, len(found), 3)]
-
-
-def test_sweep_figure_compares_with_the_baseline(tmp_path, rows):
-    figure = sweep_figure(rows, baseline="2:4")
-    left, right = figure.axes
-    reference = rows[1]["validation_loss"]
-    assert isinstance(figure, Figure) and len(left.lines) == 3
-    for drawn, row in zip(left.lines, rows, strict=True):
-        assert drawn.get_ydata()[-1] == row["validation_loss"]
-    looks = [(drawn.get_color(), drawn.get_marker()) for drawn in left.lines]
-    assert [(key.get_color(), key.get_marker()) for key in right.lines[:3]] == looks
-    deltas = [row["validation_loss"] - reference for row in rows]
-    np.testing.assert_allclose([bar.get_width() for bar in right.patches], deltas)
-    assert [label.get_text() for label in right.get_yticklabels()] == ["dense", "2:4", "no warm-up"]
-    expected = [f"{delta:+.4f}".replace("-", "−") for delta in deltas]
-    assert cells(figure) == [
-        (f"{row['validation_loss']:.4f}", change, "95.0 %")
-        for row, change in zip(rows, expected, strict=True)
-    ]
-    assert right.get_xlabel().endswith("(nats per token)\nfrom 2:4")
-    assert right.get_xscale() == "linear"
-    path = plot_sweep(tmp_path / "sweep", rows)
-    assert path == tmp_path / "sweep" / "plots" / "sweep.png"
-    assert width_and_height(path)[0] == 1650
-
-
-def test_diverged_and_missing_rows_stay(tmp_path, rows):
-    rows[1] |= {"validation_loss": None, "zero_share": None, "diverged": "the loss is nan"}
-    rows[2]["validation_loss"] = float("inf")
-    rows.append({"name": "never started", "workdir": str(tmp_path / "none")})
-    rows.append(rows[0] | {"name": "worse", "validation_loss": rows[0]["validation_loss"] + 1.5})
-    figure = sweep_figure(rows)
-    assert [row[:2] for row in cells(figure)[1:]] == [
-        ("diverged", ""),
-        ("diverged", ""),
-        ("no result", ""),
-        (f"{rows[4]['validation_loss']:.4f}", "+1.5000"),
-    ]
-    assert [row[2] for row in cells(figure)] == ["95.0 %", "", "95.0 %", "", "95.0 %"]
-    left, right = figure.axes
-    assert len(left.lines) == 4 and len(right.get_yticks()) == 5
-    assert right.get_xscale() == "symlog"
-    assert right.get_xlabel().endswith("from dense (log scale beyond ±0.01)")
-
-
-def test_a_diverged_baseline_leaves_the_losses(tmp_path, rows):
-    rows[0]["validation_loss"] = None
-    figure = sweep_figure(rows)
-    assert [row[0] for row in cells(figure)][0] == "diverged"
-    assert [row[1] for row in cells(figure)] == ["", "", ""]
-    assert figure.axes[1].get_xlabel().endswith("from dense, which has no loss to compare with")
-    assert plot_sweep(tmp_path, rows).exists()
-
-
-def test_many_rows_look_different(rows):
-    figure = sweep_figure([rows[0] | {"name": f"row {i}"} for i in range(30)])
-    assert len({(x.get_color(), x.get_marker()) for x in figure.axes[0].lines}) == 30
-
-
-def test_sweep_errors(tmp_path, rows):
-    with pytest.raises(InvalidInput) as error:
-        plot_sweep(tmp_path, [])
-    expected = "the sweep has no rows, so there is nothing to plot: run one of them"
-    assert str(error.value) == expected
-    with pytest.raises(InvalidInput) as error:
-        plot_sweep(tmp_path, rows, baseline="dnse")
-    expected = (
-        "baseline 'dnse' is not a row of the sweep: use one of ['dense', '2:4', 'no warm-up']"
-    )
-    assert str(error.value) == expected
-
-
-def drawn_texts(axes):
-    """Title, axis labels, marks, and the tick labels that lie inside the limits."""
-    yield from (axes._left_title, axes.xaxis.label, axes.yaxis.label, *axes.texts)
-    for i, axis in enumerate((axes.xaxis, axes.yaxis)):
-        low, high = sorted(axis.get_view_interval())
-        labels = axis.get_ticklabels()
-        yield from (label for label in labels if low <= label.get_position()[i] <= high)
-
-
-@pytest.mark.parametrize("name", ["loss", "zero_share", "dropped_share", "gap", "sweep"])
-def test_no_labels_overlap_or_leave_the_figure(name, rows):
-    rows.append(rows[0] | {"name": "a row with a name so long that it takes two lines"})
-    figure = sweep_figure(rows) if name == "sweep" else run_figures(make_records())[name]
-    figure.draw_without_rendering()
-    axes = [part for axes in figure.axes for part in (axes, *axes.child_axes)]
-    found = [text for part in axes for text in drawn_texts(part) if text.get_text().strip()]
-    found += figure.legends
-    boxes = [text.get_window_extent().padded(-1) for text in found]
-    for i, box in enumerate(boxes):
-        assert figure.bbox.containsx(box.x0) and figure.bbox.containsx(box.x1), found[i]
-        assert figure.bbox.containsy(box.y0) and figure.bbox.containsy(box.y1), found[i]
-        assert [str(found[j]) for j in range(i) if box.overlaps(boxes[j])] == [], found[i]
-    assert len(found) > 10
+@pytest.mark.parametrize("name", ["loss", "zero_share", "dropped_share", "gap"])
+def test_no_labels_overlap_or_leave_the_figure(name):
+    assert_no_overlap(run_figures(make_records())[name])

@@ -182,10 +182,10 @@ def test_closing_table_of_a_twin():
         "| the same weights, evaluated dense | 1.7500 | 1.4375 |",
         "| bits per byte | 2.1640 | 2.0739 |",
         "| tokens/s | 170 | 91 |",
-        "| zeros in Y2 | 85.0 % | 75.0 % |",
-        "| dropped token-wise | 2.0 % | 6.0 % |",
-        "| dropped feature-wise | 4.0 % | 20.0 % |",
-        "| inactive features | 12.5 % | 6.2 % |",
+        "| zeros in Y2 | 85.0% | 75.0% |",
+        "| dropped token-wise | 2.0% | 6.0% |",
+        "| dropped feature-wise | 4.0% | 20.0% |",
+        "| inactive features | 12.5% | 6.2% |",
     ]
 
 
@@ -208,7 +208,6 @@ def test_closing_table_without_a_rate():
     assert "| tokens/s | - | 91 |" in closing_table(summary).splitlines()
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="a last loss that is not finite")
 def test_a_run_whose_last_loss_is_not_finite_has_a_table():
     """The last update can spoil the weights after a finite loss; metrics.jsonl then has null."""
     records = [*dense_records()[:-1], validation(10, "dense", None, None)]
@@ -217,7 +216,6 @@ def test_a_run_whose_last_loss_is_not_finite_has_a_table():
     assert "| validation loss (nats/token) | - |" in closing_table(summary).splitlines()
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="min() of no losses")
 def test_a_run_without_a_finite_loss_has_a_summary():
     records = [*dense_records()[:2], validation(10, "dense", None, None)]
     summary = summarize(run_config("swiglu", steps=10), 7, records)

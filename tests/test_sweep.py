@@ -43,7 +43,7 @@ def test_the_ablation_gives_all_rows(finished):
 
 
 def test_rows_start_alike(finished):
-    """Same seed, same data: all Squared-ReLU rows have one first loss, the others have their own."""
+    """Same seed, same data: all Squared-ReLU rows that start dense have one first loss."""
     workdir, _ = finished
     first = {}
     for path in workdir.glob("*/metrics.jsonl"):

@@ -72,10 +72,10 @@ def resolve(op: str, requested: str, candidates: Sequence[Candidate], *args, **k
         if reason is None:
             return _record(op, requested, candidate, reasons, len(candidates))
         reasons.append(f"{candidate.name}: {reason}")
+    if requested == "auto":
+        raise Unsupported(f"{op}: no implementation can run here ({'; '.join(reasons)})")
     against = "; ".join(reasons) or f"it exists as {existing}"
-    raise Unsupported(
-        f"{op}: implementation {requested!r} cannot run ({against}); use implementation='auto'"
-    )
+    raise Unsupported(f"{op}: implementation {requested!r} cannot run ({against}); use 'auto'")
 
 
 def _record(op, requested, candidate, reasons, existing: int) -> Candidate:
