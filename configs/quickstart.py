@@ -27,7 +27,7 @@ def get_config(mode: str = ""):
     config.optimizer.peak_learning_rate = 6e-3
     config.optimizer.learning_rate_warmup_steps = 30
 
-    config.probe_every = 10
+    config.probe_every = 20
     config.validate_every = 50
     config.checkpoint_every = 150
     config.sample.tokens = 120

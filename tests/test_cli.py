@@ -39,14 +39,15 @@ def succeed(*arguments, **options) -> str:
 
 
 def fail(*arguments, **options) -> str:
-    """The one line that the command line ends with."""
+    """The one line of error that the command line ends with, behind its log if any."""
     status, out, err = run(*arguments, **options)
     assert status != 0
     assert out == ""
-    lines = [line for line in err.splitlines() if not line.startswith("step ")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("error: ")
-    return lines[0].removeprefix("error: ")
+    assert "Traceback" not in err
+    *log, last = err.splitlines()
+    assert last.startswith("error: "), err
+    assert all(line.endswith(")") for line in log), err  # "op: implementation (reason)"
+    return last.removeprefix("error: ")
 
 
 @pytest.fixture(scope="module")

@@ -74,8 +74,7 @@ def test_a_named_implementation_that_does_not_exist_raises(op, monkeypatch):
     with pytest.raises(Unsupported) as error:
         call(op, "cuda")
     assert oracles.assert_one_line(error) == (
-        f"{op}: implementation 'cuda' cannot run (it exists as reference); "
-        "use 'auto'"
+        f"{op}: implementation 'cuda' cannot run (it exists as reference); use 'auto'"
     )
 
 
@@ -95,8 +94,7 @@ def test_a_named_implementation_that_refuses_raises_with_its_reason():
     with pytest.raises(Unsupported) as error:
         dispatch.resolve("fake.refuses", "triton", candidates, 1)
     assert oracles.assert_one_line(error) == (
-        "fake.refuses: implementation 'triton' cannot run (triton: needs a GPU); "
-        "use 'auto'"
+        "fake.refuses: implementation 'triton' cannot run (triton: needs a GPU); use 'auto'"
     )
     assert not [c for c in dispatch.choices() if c.op == "fake.refuses"]
 
