@@ -9,12 +9,12 @@ from s24jax.typing import Array, Float
 def relu2(y1: Float[Array, "..."]) -> Float[Array, "..."]:
     """Squared ReLU, `relu(y1)**2`, elementwise.
 
-    The square is taken in float32 and rounded once to the input's dtype. NaN stays NaN; the result
-    is never -0.0.
+    The square is rounded once to the input's dtype. NaN stays NaN; the result is never -0.0.
 
     Source: So et al. 2021 (Primer), arXiv 2109.08668, section 3.1.
     """
-    return round_to(jnp.square(jnp.maximum(y1, 0).astype(jnp.float32)), y1.dtype)
+    # Not widened: autodiff would keep a float32 copy for the backward pass.
+    return round_to(jnp.square(jnp.maximum(y1, 0)), y1.dtype)
 
 
 def relu2_gradient(y2: Float[Array, "..."], dy2: Float[Array, "..."]) -> Float[Array, "..."]:

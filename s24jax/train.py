@@ -67,11 +67,6 @@ def train(config, workdir) -> dict | None:
 
 def check(config) -> None:
     """Raises InvalidInput where numbers of the configuration do not fit each other."""
-    if config.batch_size % config.accumulate:
-        raise InvalidInput(
-            f"batch_size={config.batch_size} does not split into "
-            f"accumulate={config.accumulate} equal parts; make it a multiple"
-        )
     intervals = (
         "log_every",
         "probe_every",
@@ -82,6 +77,11 @@ def check(config) -> None:
     for name in ("steps", "batch_size", "accumulate", "sequence_length", *intervals):
         if config[name] < 1:
             raise InvalidInput(f"{name}={config[name]} must be at least 1")
+    if config.batch_size % config.accumulate:
+        raise InvalidInput(
+            f"batch_size={config.batch_size} does not split into "
+            f"accumulate={config.accumulate} equal parts; make it a multiple"
+        )
     sample.check_request(context=config.sequence_length, **config.sample)
     if config.dense_twin and config.model.ffn != "relu2_24":
         raise InvalidInput(
@@ -240,6 +240,9 @@ class _Run:
                 loss_dense=dense,
                 bits_per_byte=bits_per_byte(own),
             )
+            # The last update can spoil the weights behind a loss that was still finite.
+            if not np.isfinite(own):
+                raise self._diverged(name, step, mode, own)
         return losses["main"]
 
     def _save(self, step: int, validation_loss: float | None) -> None:
@@ -254,6 +257,7 @@ class _Run:
 
     def stop(self, step: int) -> None:
         """Saves because a signal asked for it."""
+        self._flush()
         self._save(step, None)
         self.checkpoints.wait()
         self.progress.say(f"stopped by a signal; step {step} is saved; the same command resumes")

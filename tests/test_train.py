@@ -256,6 +256,24 @@ def test_divergence_stops_with_step_checkpoint_and_advice(data_dir, tmp_path, mo
     assert records[-1]["loss"] is None
 
 
+def test_weights_spoilt_by_the_last_update_are_not_saved(data_dir, tmp_path, monkeypatch):
+    """The loss of the step is finite, the validation after it is not."""
+    config = make_config(data_dir)
+    advance = training._Run.advance
+
+    def spoil(self, step):
+        advance(self, step)
+        if step == 6:
+            main = self.states["main"]
+            params = jax.tree.map(lambda p: p * np.nan, main.params)
+            self.states["main"] = type(main)(main.step, params, main.optimizer, main.rng)
+
+    monkeypatch.setattr(training._Run, "advance", spoil)
+    with pytest.raises(Diverged, match="the loss is nan at step 6 .mode sparse24.; .* of step 3"):
+        train(config, tmp_path)
+    assert restored_state(tmp_path, config).step == 3
+
+
 def test_another_config_is_refused_before_anything_is_written(straight, data_dir):
     workdir, _ = straight
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -267,6 +285,7 @@ def test_another_config_is_refused_before_anything_is_written(straight, data_dir
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"accumulate": 0}, "accumulate=0 must be at least 1"),
         ({"accumulate": 3}, "batch_size=4 does not split into accumulate=3 equal parts"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
