@@ -111,3 +111,12 @@ def test_dot_accumulates_in_float32_and_rounds_to_the_dtype_asked_for():
     narrow = numerics.dot(a, b, contract=(1, 0))
     assert narrow.dtype == jnp.bfloat16
     assert float(narrow[0, 0]) == 260.0
+
+
+def test_autodiff_of_relu2_keeps_the_input_alone():
+    """Dense training would otherwise hold a float32 copy of every hidden activation."""
+    y1 = jnp.linspace(-2, 2, 64, dtype=jnp.bfloat16).reshape(8, 8)
+    _, pullback = jax.vjp(relu2, y1)
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size == y1.size]
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+    assert jnp.array_equal(kept[0], y1)
