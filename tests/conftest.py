@@ -7,15 +7,19 @@ import tempfile
 import hypothesis
 import jax
 
-# A suite that means the same everywhere: on the CPU, whatever the machine has. JAX_PLATFORMS=cuda
-# runs it on a GPU, where sums have another order and what is bitwise on a CPU is not.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-
-# The command lines that tests start as processes compile once, not once each.
-_cache = pathlib.Path(tempfile.gettempdir()) / "s24jax-test-compilations"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_cache))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+_CACHE = pathlib.Path(tempfile.gettempdir()) / "s24jax-test-compilations"
+_SETTINGS = {
+    # The suite means the same everywhere: on the CPU, whatever the machine has. JAX_PLATFORMS=cuda
+    # runs it on a GPU, where sums have another order and what is bitwise on a CPU is not.
+    "jax_platforms": "cpu",
+    # What one test, or one process that a test starts, has compiled is there for the next.
+    "jax_compilation_cache_dir": str(_CACHE),
+    "jax_persistent_cache_min_compile_time_secs": "0.2",
+}
+for _name, _value in _SETTINGS.items():
+    os.environ.setdefault(_name.upper(), _value)  # for the processes
+    _value = os.environ[_name.upper()]
+    jax.config.update(_name, float(_value) if _name.endswith("secs") else _value)
 
 hypothesis.settings.register_profile(
     "s24jax",
