@@ -10,7 +10,7 @@ from s24jax.errors import InvalidInput
 
 
 def test_the_defaults_are_the_full_recipe():
-    """A public contract: configs and issue 2 spell these out."""
+    """A public contract, which configurations spell out."""
     assert dataclasses.asdict(Recipe()) == {
         "token_wise": True,
         "mask_consistency": True,
