@@ -1,1 +1,1 @@
-"""The command lines: train, sweep, plot, sample, evaluate. Nothing is computed here."""
+"""The command lines: train, sweep, plot, sample, evaluate, bench. Nothing is computed here."""

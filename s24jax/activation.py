@@ -14,12 +14,15 @@ from s24jax.typing import Array, Float
 def relu2(y1: Float[Array, "..."]) -> Float[Array, "..."]:
     """Squared ReLU, `relu(y1)**2`, elementwise.
 
-    The square is taken in float32 and rounded once to the input's dtype. NaN stays NaN; the result
-    is never -0.0. For its gradient autodiff keeps y1 alone.
+    The square is taken in float32, zero below the smallest normal number, and rounded once to the
+    input's dtype. NaN stays NaN; the result is never -0.0. For its gradient autodiff keeps y1 alone.
 
     Source: So et al. 2021 (Primer), arXiv 2109.08668, section 3.1.
     """
-    return round_to(jnp.square(jnp.maximum(y1, 0).astype(jnp.float32)), y1.dtype)
+    square = jnp.square(jnp.maximum(y1, 0).astype(jnp.float32))
+    # A CPU flushes these by itself, a GPU does not; the split counts non-zeros.
+    square = jnp.where(square < jnp.finfo(jnp.float32).tiny, 0, square)
+    return round_to(square, y1.dtype)
 
 
 def relu2_gradient(y2: Float[Array, "..."], dy2: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -2,13 +2,24 @@
 
 Layout, for a matrix whose compressed axis has length K and whose other axis has length M:
 
-    values    [M, K/2]       the kept elements, row-major along K: group g gives columns 2g, 2g + 1
-    metadata  [M, ceil(K/8)] uint8; group g is a nibble, i0 | i1 << 2 with i0 < i1 the positions of
-                             the kept elements inside the group; even groups take the low nibble
+    values    [M, K/2]  the kept elements, row-major along K: group g gives columns 2g, 2g + 1
+    metadata  [ceil(M/64), ceil(K/64), 128] uint32: the positions of the kept elements, in the order
+              in which the tensor cores' registers take them
+
+Group g of row m is a nibble, i0 | i1 << 2 with i0 < i1 the positions of the kept elements inside
+the group. Word 32w + 4r + q of the metadata of 64 rows by 64 positions along K holds
+
+    bits  0-15  row 16w + r      nibbles of the groups 4q .. 4q + 3, the first in the lowest bits
+    bits 16-31  row 16w + r + 8  likewise
+
+which is what thread 32w + 4r + q of a warpgroup hands to `wgmma.mma_async.sp` (m64n*k32, 16-bit
+types) for two steps along K: threads with q < 2 feed the first step (sparsity selector 0), the
+others the second (selector 1). A block is 512 contiguous bytes. Source: PTX ISA, "Sparse matrix
+storage".
 
 Rows always run along the axis that is not compressed, so a product reads A along K whichever axis
 that was. Every nibble is legal, padding included: an empty group keeps positions 0 and 1 (0x4).
-Users read the positions through `indices()`; the metadata's byte order belongs to the kernels.
+Users read the positions through `indices()`.
 """
 
 import dataclasses
@@ -28,9 +39,10 @@ from s24jax.prune24 import (
     split_groups,
 )
 from s24jax.token_groups import ADJACENT, TokenGrouping
-from s24jax.typing import Array, Float, UInt8
+from s24jax.typing import Array, Float, UInt8, UInt32
 
 EMPTY_GROUP = 0x4  # positions 0 and 1
+BLOCK = 64  # rows, and positions along K, of a block of metadata
 
 
 @jax.tree_util.register_dataclass
@@ -40,7 +52,8 @@ class Compressed24:
 
     Attributes:
       values: [M, K/2], the kept elements (module docstring).
-      metadata: [M, ceil(K/8)] uint8, opaque; read it through `indices()`.
+      metadata: [ceil(M/64), ceil(K/64), 128] uint32 (module docstring); read it through
+        `indices()`.
       axis: the compressed axis, 0 or 1.
       shape: the shape of the dense matrix.
       grouping: which positions of the compressed axis share a group.
@@ -59,14 +72,12 @@ class Compressed24:
 
     @property
     def nbytes(self) -> int:
-        """Bytes stored: 0.5625 of the dense matrix in a 16-bit dtype."""
+        """Bytes stored: 0.5625 of the dense matrix in a 16-bit dtype, up to padded metadata."""
         return self.values.nbytes + self.metadata.nbytes
 
     def indices(self) -> UInt8[Array, "M groups 2"]:
         """Positions 0..3 of each group's two kept elements, ascending."""
-        groups = self.shape[self.axis] // 4
-        nibbles = jnp.stack([self.metadata & 0xF, self.metadata >> 4], axis=-1)
-        nibbles = nibbles.reshape(nibbles.shape[0], 2 * nibbles.shape[1])[:, :groups]
+        nibbles = _unpack(self.metadata, self.values.shape[0], self.shape[self.axis] // 4)
         return jnp.stack([nibbles & 3, nibbles >> 2], axis=-1)
 
     def decompress(self) -> Float[Array, "rows columns"]:
@@ -84,7 +95,11 @@ class Compressed24:
     def gather(self, dense: Float[Array, "rows columns"]) -> "Compressed24":
         """The elements of another matrix of the same shape at this one's kept positions."""
         groups = split_groups(_to_rows(dense, self.axis, self.grouping), 1)
-        values = jnp.take_along_axis(groups, self.indices().astype(jnp.int32), axis=-1)
+        index = self.indices()
+        # Selections, not a gather: on a GPU they fuse with what made `dense`.
+        values = groups[..., :1]
+        for i in range(1, 4):
+            values = jnp.where(index == i, groups[..., i, None], values)
         return self.with_values(values.reshape(self.values.shape))
 
     def with_values(self, values: Float[Array, "M kept"]) -> "Compressed24":
@@ -124,18 +139,39 @@ def compress24_by(
         raise InvalidInput(f"compress24: shape {y.shape} is no matrix; reshape it to two axes")
     check_axis(y, axis, "compress24")
     axis, grouping = axis % 2, grouping or ADJACENT
-    by_rows = _to_rows(choose_by, axis, grouping)
-    rank = magnitude_rank(split_groups(by_rows, 1))
-    metadata = _pack(kept_indices(choose_two(rank)))
-    empty = jnp.zeros((by_rows.shape[0], by_rows.shape[1] // 2), y.dtype)
-    return Compressed24(empty, metadata, axis, y.shape, grouping).gather(y)
+    rank = magnitude_rank(split_groups(_to_rows(choose_by, axis, grouping), 1))
+    indices = kept_indices(choose_two(rank))
+    groups = split_groups(_to_rows(y, axis, grouping), 1)
+    kept = jnp.take_along_axis(groups, indices.astype(jnp.int32), axis=-1)
+    values = kept.reshape(groups.shape[0], 2 * groups.shape[1])
+    return Compressed24(values, _pack(indices), axis, y.shape, grouping)
 
 
-def _pack(indices: UInt8[Array, "M groups 2"]) -> UInt8[Array, "M bytes"]:
+# The axes of a block: row 16w + 8*half + r, group 4q + i.
+_BLOCK_AXES = (4, 2, 8, 4, 4)
+_GROUP_SHIFT = 4 * np.arange(4, dtype=np.uint32)  # [i]
+_SHIFT = 16 * np.arange(2, dtype=np.uint32)[:, None] + _GROUP_SHIFT  # [half, i]
+
+
+def _pack(indices: UInt8[Array, "M groups 2"]) -> UInt32[Array, "rows columns 128"]:
     nibbles = indices[..., 0] | indices[..., 1] << 2
-    odd = nibbles.shape[1] % 2
-    nibbles = jnp.pad(nibbles, ((0, 0), (0, odd)), constant_values=EMPTY_GROUP)
-    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+    padding = [(0, -nibbles.shape[0] % BLOCK), (0, -nibbles.shape[1] % (BLOCK // 4))]
+    nibbles = jnp.pad(nibbles, padding, constant_values=EMPTY_GROUP)
+    rows, columns = nibbles.shape[0] // BLOCK, nibbles.shape[1] // (BLOCK // 4)
+    w, half, r, q, i = _BLOCK_AXES
+    groups = nibbles.reshape(rows, w, half, r, columns, q, i).astype(jnp.uint32)
+    # Words first, so that an eighth as many elements are left to be transposed.
+    half_words = jnp.sum(groups << _GROUP_SHIFT, axis=-1, dtype=jnp.uint32)
+    words = half_words[:, :, 0] | half_words[:, :, 1] << 16
+    return words.transpose(0, 3, 1, 2, 4).reshape(rows, columns, w * r * q)
+
+
+def _unpack(words: UInt32[Array, "rows columns 128"], m: int, groups: int) -> UInt8[Array, "M g"]:
+    rows, columns = words.shape[:2]
+    w, half, r, q, i = _BLOCK_AXES
+    blocks = words.reshape(rows, columns, w, r, q, 1, 1) >> _SHIFT & 0xF
+    nibbles = blocks.transpose(0, 2, 5, 3, 1, 4, 6).reshape(rows * BLOCK, columns * BLOCK // 4)
+    return nibbles[:m, :groups].astype(jnp.uint8)
 
 
 def _to_rows(y: Array, axis: int, grouping: TokenGrouping) -> Array:

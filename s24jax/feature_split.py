@@ -9,14 +9,16 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
 from s24jax.errors import InvalidInput
 from s24jax.typing import Array, Int
 
 
 class FeatureSplit(NamedTuple):
-    """Feature indices: the densest `Fd` (densest first) and the remaining `Fs`."""
+    """Feature indices: the densest `Fd` and the remaining `Fs`, both ascending.
+
+    Only the membership matters to the products; in their natural order the features that a kernel
+    reads side by side are also written side by side.
+    """
 
     dense: Int[Array, "Fd"]
     sparse: Int[Array, "Fs"]
@@ -37,14 +39,3 @@ def dense_feature_count(features: int, *, share: float, multiple: int) -> int:
             "no sparse feature; lower dense_share or dense_multiple"
         )
     return dense
-
-
-def split_features(counts: Int[Array, "F"], dense_features: int) -> FeatureSplit:
-    """Splits features by their number of non-zeros; among equals the lowest is dense first.
-
-    Args:
-      counts: non-zeros per feature.
-      dense_features: how many are dense (static).
-    """
-    order = jnp.argsort(-counts, stable=True)
-    return FeatureSplit(order[:dense_features], order[dense_features:])

@@ -23,11 +23,12 @@ from jax.ad_checkpoint import checkpoint_name
 from s24jax.activation import relu2, relu2_gradient
 from s24jax.compressed import Compressed24
 from s24jax.errors import InvalidInput
-from s24jax.feature_split import FeatureSplit, split_features
 from s24jax.numerics import dot
-from s24jax.ops.feature_wise24 import SplitOperand, feature_wise24
+from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
 from s24jax.ops.sparsify24 import sparsify24
+from s24jax.ops.split_features import split_features
+from s24jax.ops.split_matmul24 import split_matmul24
 from s24jax.recipe import Recipe
 from s24jax.typing import Array, Float, Implementation
 
@@ -107,7 +108,9 @@ def _ffn24_backward(recipe, implementation, saved, dy3_TD):
         dy1 = relu2_gradient(y2, dy2_TF)
         dx_TD = dot(dy1, w_up_FD, contract=(1, 0))
     if recipe.feature_wise:
-        split = split_features(counts_F, recipe.dense_features(counts_F.size))
+        split = split_features(
+            counts_F, recipe.dense_features(counts_F.size), implementation=implementation
+        )
         y2_split, dy1_split = feature_wise24(
             y2,
             dy1,
@@ -116,8 +119,8 @@ def _ffn24_backward(recipe, implementation, saved, dy3_TD):
             shared_mask=recipe.shared_feature_mask,
             implementation=implementation,
         )
-        dw_down_FD = _split_gradient(y2_split, dy3_TD, split, implementation)
-        dw_up_FD = _split_gradient(dy1_split, x_TD, split, implementation)
+        dw_down_FD = split_matmul24(y2_split, dy3_TD, split, implementation=implementation)
+        dw_up_FD = split_matmul24(dy1_split, x_TD, split, implementation=implementation)
     else:
         dw_down_FD = dot(_dense(y2), dy3_TD, contract=(0, 0))
         dw_up_FD = dot(_dense(dy1), x_TD, contract=(0, 0))
@@ -125,16 +128,6 @@ def _ffn24_backward(recipe, implementation, saved, dy3_TD):
 
 
 _ffn24.defvjp(_ffn24_forward, _ffn24_backward)
-
-
-def _split_gradient(
-    a: SplitOperand, b_TD: Float[Array, "T D"], split: FeatureSplit, implementation: Implementation
-) -> Float[Array, "F D"]:
-    """A^T @ B, A's sparse features in 2:4 form, its dense ones dense; rows in their place."""
-    features = split.sparse.size + split.dense.size
-    dw_FD = jnp.zeros((features, b_TD.shape[1]), b_TD.dtype)
-    dw_FD = dw_FD.at[split.sparse].set(matmul24(a.sparse, b_TD, implementation=implementation))
-    return dw_FD.at[split.dense].set(dot(a.dense, b_TD, contract=(0, 0)))
 
 
 def _dense(y: Compressed24 | Float[Array, "T F"]) -> Float[Array, "T F"]:

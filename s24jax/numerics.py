@@ -14,8 +14,8 @@ from s24jax.typing import Array
 def round_to(x: Array, dtype) -> Array:
     """`x` rounded to `dtype` (to nearest, ties to even), a rounding that XLA may not remove.
 
-    Magnitudes below the smallest normal number of `dtype` become zero: 2^-126 in bfloat16 and
-    float32, but 2^-14 in float16.
+    Magnitudes below the smallest normal number of `dtype` become zero in float16 (2^-14); in
+    bfloat16 and float32 (2^-126) they do on a CPU, and stay on a GPU.
     """
     info = jnp.finfo(dtype)
     return lax.reduce_precision(x, exponent_bits=info.nexp, mantissa_bits=info.nmant).astype(dtype)

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 
 from s24jax.activation import relu2
 from s24jax.compressed import compress24
-from s24jax.feature_split import split_features
 from s24jax.model import FFN
 from s24jax.numerics import round_to
 from s24jax.ops.sparsify24 import reference
+from s24jax.ops.split_features import reference as split_reference
 from s24jax.recipe import Recipe
 from s24jax.typing import Array, Float
 
@@ -48,7 +48,7 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
     y2_TF = relu2(y1_TF).astype(jnp.float32)
     y2, counts_F = reference.sparsify24(y1_TF)
     token_wise_TF = y2.decompress().astype(jnp.float32)
-    split = split_features(counts_F, recipe.dense_features(counts_F.size))
+    split = split_reference.split_features(counts_F, recipe.dense_features(counts_F.size))
     sparse_TF = token_wise_TF[:, split.sparse]
     feature_wise_TF = token_wise_TF.at[:, split.sparse].set(
         compress24(sparse_TF, axis=0, grouping=recipe.grouping).decompress()

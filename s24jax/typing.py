@@ -12,9 +12,9 @@ does (`Float[Array, "T F"]`).
 from typing import Literal
 
 from jax import Array
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8, UInt32
 
 Implementation = Literal["auto", "reference", "triton", "cuda"]
 FFNMode = Literal["dense", "sparse24"]
 
-__all__ = ["Array", "Bool", "FFNMode", "Float", "Implementation", "Int", "UInt8"]
+__all__ = ["Array", "Bool", "FFNMode", "Float", "Implementation", "Int", "UInt8", "UInt32"]

@@ -120,7 +120,7 @@ def _record(config, data: dict) -> dict:
         "name": config.name,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "versions": versions(),
         "devices": devices(),
         "data": data,
@@ -129,7 +129,7 @@ def _record(config, data: dict) -> dict:
     }
 
 
-def _git_commit() -> str:
+def git_commit() -> str:
     """The commit of the checkout that s24jax runs from; "-dirty" with uncommitted changes."""
     folder = pathlib.Path(__file__).parent
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"]

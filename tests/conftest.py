@@ -1,4 +1,4 @@
-"""Shared by every test: the platform, one compilation cache, hypothesis' settings."""
+"""Shared by every test: platform, caches, hypothesis' settings, and what may be skipped where."""
 
 import os
 import pathlib
@@ -6,6 +6,7 @@ import tempfile
 
 import hypothesis
 import jax
+import pytest
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / "s24jax-test-compilations"
 _SETTINGS = {
@@ -21,6 +22,9 @@ for _name, _value in _SETTINGS.items():
     _value = os.environ[_name.upper()]
     jax.config.update(_name, float(_value) if _name.endswith("secs") else _value)
 
+# Built once for all tests, processes and runs of the suite.
+os.environ.setdefault("S24JAX_CACHE_DIR", str(_CACHE.with_name("s24jax-test-cuda-library")))
+
 hypothesis.settings.register_profile(
     "s24jax",
     deadline=None,  # the first example of a shape compiles
@@ -28,3 +32,22 @@ hypothesis.settings.register_profile(
     max_examples=60,
 )
 hypothesis.settings.load_profile("s24jax")
+
+
+# `implementations` is imported late: it imports s24jax, whose type checks are hooked in after this.
+
+
+def pytest_sessionstart(session):
+    from implementations import missing
+
+    fault = missing(os.environ.get("S24JAX_REQUIRE", ""))
+    if fault and not hasattr(session.config, "workerinput"):  # pytest-xdist's workers ask in vain
+        raise pytest.UsageError(fault)
+
+
+def pytest_runtest_setup(item):
+    from implementations import reason_to_skip
+
+    reason = reason_to_skip({mark.name for mark in item.iter_markers()})
+    if reason:
+        pytest.skip(reason)

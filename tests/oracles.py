@@ -175,17 +175,32 @@ def compress(y, axis: int, groups: list[list[int]] | None = None, choose_by=None
     groups = consecutive(length) if groups is None else groups
     values = np.zeros((rows, length // 2), y.dtype)
     indices = np.zeros((rows, length // 4, 2), np.uint8)
-    metadata = np.zeros((rows, math.ceil(length / 8)), np.uint8)
+    # Every nibble 0x4 at first: padding keeps positions 0 and 1.
+    metadata = np.full((math.ceil(rows / 64), math.ceil(length / 64), 128), 0x44444444, np.uint32)
     for row in range(rows):
         for g, group in enumerate(groups):
             i0, i1 = two_of_four([rank[row, i] for i in group])
             values[row, 2 * g] = lines[row, group[i0]]
             values[row, 2 * g + 1] = lines[row, group[i1]]
             indices[row, g] = i0, i1
-            metadata[row, g // 2] |= (i0 + 4 * i1) << (4 if g % 2 else 0)
-        if len(groups) % 2:
-            metadata[row, -1] |= 0x40  # the padding nibble: positions 0 and 1
+            lane = 32 * (row % 64 // 16) + 4 * (row % 8) + g % 16 // 4
+            bit = 16 * (row % 16 // 8) + 4 * (g % 4)
+            word = int(metadata[row // 64, g // 16, lane])
+            word = word & ~(0xF << bit) | (i0 + 4 * i1) << bit
+            metadata[row // 64, g // 16, lane] = word
     return Stored(values, indices, metadata)
+
+
+def dense_planes(y: np.ndarray, groups: list[list[int]]) -> np.ndarray:
+    """Features [T, F] in the layout that operand.py documents: two 2:4 rows for each, [2, F, T/2].
+
+    The first has members 0 and 1 of every group of tokens, the second members 2 and 3.
+    """
+    planes = np.zeros((2, y.shape[1], len(y) // 2), y.dtype)
+    for g, group in enumerate(groups):
+        for member, token in enumerate(group):
+            planes[member // 2, :, 2 * g + member % 2] = y[token]
+    return planes
 
 
 # ------------------------------------------------------------------------------------------ values

@@ -12,6 +12,8 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py:smoke"
+OPS = ("sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24")
+NO_HOPPER = "the default device is a CPU; needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
 
 
 def start(*arguments, prefix=(), **options) -> subprocess.Popen:
@@ -76,8 +78,9 @@ def test_train_says_what_ran(trained, tmp_path, data_dir):
     """The log names each op's implementation once, and the switch."""
     status, _, err = run("experiments.train", QUICKSTART, data_dir, f"--workdir={tmp_path}")
     assert status == 0
-    for op in ("sparsify24", "matmul24", "feature_wise24"):
-        assert err.count(f"{op}: reference (the only implementation)") == 1
+    for op in OPS:
+        (line,) = (line for line in err.splitlines() if line.startswith(f"{op}: "))
+        assert line.startswith(f"{op}: reference (") and f"cuda: {NO_HOPPER}" in line
     assert "attention: xla (cudnn: needs an NVIDIA GPU, jax runs on cpu)" in err
     assert "step 4: switch to 2:4" in err
 
@@ -226,9 +229,11 @@ def test_sparse24_of_a_dense_kind(data_dir, tmp_path):
 def test_doctor():
     out = succeed("s24jax.doctor")
     assert "  cpu: cpu" in out.splitlines()
-    for op in ("sparsify24", "matmul24", "feature_wise24"):
-        assert f"  {op:15} auto       reference (the only implementation)" in out
-        assert f"{op}: implementation 'cuda' cannot run (it exists as reference)" in out
+    for op in OPS:
+        against_all = "triton: {0}; cuda: {0}" if op == "sparsify24" else "cuda: {0}"
+        assert f"  {op:15} auto       reference ({against_all.format(NO_HOPPER)})" in out
+        assert f"  {op:15} reference  reference (named by the caller)" in out
+        assert f"{op}: implementation 'cuda' cannot run (cuda: {NO_HOPPER}); use 'auto'" in out
     import jax
 
     assert f"  jax                  {jax.__version__}" in out

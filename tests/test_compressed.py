@@ -76,8 +76,15 @@ def test_a_dropped_negative_zero_comes_back_positive_and_a_kept_one_stays(axis):
 GOLDEN_TILE = [[1, 2, 3, 4], [4, 3, 2, 1], [0, 0, 0, 0], [-5, 1, 5, 1]]
 GOLDEN_VALUES = [[3, 4], [4, 3], [0, 0], [-5, 5]]
 GOLDEN_INDICES = [[[2, 3]], [[0, 1]], [[0, 1]], [[0, 2]]]
-# i0 | i1 << 2 in the low nibble; the padding group (0x4) in the high one.
-GOLDEN_METADATA = [[0x4E], [0x44], [0x44], [0x48]]
+GOLDEN_NIBBLES = [0xE, 0x4, 0x4, 0x8]  # i0 | i1 << 2
+
+
+def metadata_block(nibbles: dict[tuple[int, int], int]) -> np.ndarray:
+    """One block of metadata: (word, lowest bit) -> nibble, the padding 0x4 everywhere else."""
+    words = np.full((1, 1, 128), 0x44444444, np.uint32)
+    for (word, bit), nibble in nibbles.items():
+        words[0, 0, word] = int(words[0, 0, word]) & ~(0xF << bit) | nibble << bit
+    return words
 
 
 @pytest.mark.parametrize("axis", [0, 1, -1, -2])
@@ -88,22 +95,51 @@ def test_golden_tile(axis):
     assert stored.shape == (4, 4)
     np.testing.assert_array_equal(stored.values, GOLDEN_VALUES)
     np.testing.assert_array_equal(indices, GOLDEN_INDICES)
-    np.testing.assert_array_equal(stored.metadata, GOLDEN_METADATA)
-    assert stored.metadata.dtype == jnp.uint8
+    # rows 0 to 3 are the low halves of words 0, 4, 8 and 12
+    expected = metadata_block({(4 * row, 0): n for row, n in enumerate(GOLDEN_NIBBLES)})
+    np.testing.assert_array_equal(stored.metadata, expected)
+    assert stored.metadata.dtype == jnp.uint32
 
 
-def test_golden_bytes_even_groups_take_the_low_nibble():
+def test_golden_word_of_four_groups():
     y = jnp.array([[9, 8, 0, 0, 0, 9, 0, 8, 9, 0, 0, 8, 0, 9, 8, 0]], jnp.bfloat16)
     stored, _, _ = STORE(y, 1)
     # groups (0,1) (1,3) (0,3) (1,2) are the nibbles 4, D, C, 9
-    np.testing.assert_array_equal(stored.metadata, [[0xD4, 0x9C]])
+    assert stored.metadata[0, 0, 0] == 0x44449CD4
+
+
+@pytest.mark.parametrize(
+    "row, group, block, word, bit",
+    [
+        (0, 0, (0, 0), 0, 0),
+        (0, 3, (0, 0), 0, 12),
+        (0, 4, (0, 0), 1, 0),
+        (0, 15, (0, 0), 3, 12),
+        (0, 16, (0, 1), 0, 0),
+        (7, 0, (0, 0), 28, 0),
+        (8, 0, (0, 0), 0, 16),
+        (15, 15, (0, 0), 31, 28),
+        (16, 0, (0, 0), 32, 0),
+        (63, 31, (0, 1), 127, 28),
+        (64, 0, (1, 0), 0, 0),
+        (69, 22, (1, 1), 21, 8),
+    ],
+)
+def test_golden_place_of_one_group(row, group, block, word, bit):
+    """One group in an else empty matrix, against places worked out by hand from the PTX ISA."""
+    y = np.zeros((70, 128), np.float32)
+    y[row, 4 * group + 2 : 4 * group + 4] = 1  # positions 2 and 3: nibble 0xE
+    stored, _, _ = STORE(jnp.asarray(y), 1)
+    expected = np.full((2, 2, 128), 0x44444444, np.uint32)
+    expected[(*block, word)] += (0xE - 0x4) << bit
+    np.testing.assert_array_equal(stored.metadata, expected)
 
 
 def test_golden_strided_groups():
     y = jnp.arange(1.0, 9.0).reshape(8, 1)  # groups {0,2,4,6} and {1,3,5,7}
     stored, _, dense = STORE(y, 0, TokenGrouping("strided"))
     np.testing.assert_array_equal(stored.values, [[5, 7, 6, 8]])
-    np.testing.assert_array_equal(stored.metadata, [[0xEE]])
+    np.testing.assert_array_equal(stored.metadata, metadata_block({(0, 0): 0xE, (0, 4): 0xE}))
     np.testing.assert_array_equal(dense[:, 0], [0, 0, 0, 0, 5, 6, 7, 8])
 
 
@@ -135,7 +171,7 @@ def test_with_values_keeps_the_positions():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_stored(dtype):
-    y = jnp.zeros((16, 32), dtype)
+    y = jnp.zeros((64, 128), dtype)
     stored = STORE(y, 0)[0]
     assert stored.dtype == dtype
     assert stored.nbytes / y.nbytes == (0.53125 if dtype == "float32" else 0.5625)
@@ -143,7 +179,7 @@ def test_bytes_stored(dtype):
 
 def test_is_a_pytree_of_two_arrays_with_everything_else_static():
     stored, _, _ = STORE(jnp.ones((8, 12)), 0, TokenGrouping("strided"))
-    assert [leaf.shape for leaf in jax.tree.leaves(stored)] == [(12, 4), (12, 1)]
+    assert [leaf.shape for leaf in jax.tree.leaves(stored)] == [(12, 4), (1, 1, 128)]
     through = jax.jit(lambda stored: stored)(stored)
     assert (through.axis, through.shape, through.grouping) == (0, (8, 12), stored.grouping)
     oracles.assert_bits(through.values, stored.values)
@@ -156,7 +192,7 @@ def test_pytree_may_hold_what_is_no_array():
     """jax rebuilds pytrees around shapes, axes and sentinels: eval_shape, vmap of an argument."""
     shapes = jax.eval_shape(lambda: compress24(jnp.ones((8, 12)), 1))
     assert shapes.values.shape == (8, 6)
-    assert jax.tree.map(lambda leaf: leaf.shape, shapes).metadata == (8, 2)
+    assert jax.tree.map(lambda leaf: leaf.shape, shapes).metadata == (1, 1, 128)
 
 
 def test_vmap_out_of_and_into_a_function():

@@ -12,12 +12,14 @@ import pytest
 
 from s24jax import Recipe, TokenGrouping, compress24, ffn24, matmul24, sparsify24
 from s24jax.errors import InvalidInput, Unsupported
-from s24jax.feature_split import split_features
 from s24jax.ops import dispatch
 from s24jax.ops.dispatch import Candidate, Choice
 from s24jax.ops.feature_wise24 import feature_wise24
+from s24jax.ops.split_features import reference as split_features_reference
+from s24jax.ops.split_features import split_features
+from s24jax.ops.split_matmul24 import split_matmul24
 
-OPS = ["sparsify24", "matmul24", "feature_wise24"]
+OPS = ["sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24"]
 Y = jnp.arange(32.0).reshape(4, 8)
 
 
@@ -27,14 +29,20 @@ def api_of(op: str):
 
 def call(op: str, implementation: str):
     """The op on arguments that it takes."""
+    how = {"implementation": implementation}
     if op == "sparsify24":
-        return sparsify24(Y, implementation=implementation)
+        return sparsify24(Y, **how)
     if op == "matmul24":
-        return matmul24(compress24(Y, 1), Y.T, implementation=implementation)
-    split = split_features(jnp.arange(8), 4)
-    return feature_wise24(
-        Y, Y, split, grouping=TokenGrouping(), shared_mask=True, implementation=implementation
+        return matmul24(compress24(Y, 1), Y.T, **how)
+    if op == "split_features":
+        return split_features(jnp.arange(8), 4, **how)
+    split = split_features_reference.split_features(jnp.arange(8), 4)
+    weights = functools.partial(
+        feature_wise24, Y, Y, split, grouping=TokenGrouping(), shared_mask=True
     )
+    if op == "feature_wise24":
+        return weights(**how)
+    return split_matmul24(weights(implementation="reference")[0], Y, split, **how)
 
 
 def never(*_, **__):
@@ -204,7 +212,10 @@ def test_ffn24_hands_the_name_to_every_op_in_both_passes(shared, monkeypatch):
 
     x, w = jnp.ones((8, 8)), jnp.ones((32, 8))
     jax.make_jaxpr(both_passes)(x, w, w)
-    assert ran[2:] == ["matmul24", "feature_wise24", "matmul24", "matmul24"]
+    assert ran[2:] == [
+        *("matmul24", "split_features", "feature_wise24"),
+        *("split_matmul24", "split_matmul24"),
+    ]
 
 
 def test_ffn24_refuses_by_name_too():

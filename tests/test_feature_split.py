@@ -1,17 +1,12 @@
-"""The split into dense and sparse features."""
+"""How many features are dense. Which ones is an op: see test_ops.py."""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import oracles
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from s24jax.errors import InvalidInput
-from s24jax.feature_split import dense_feature_count, split_features
-
-SPLIT = jax.jit(split_features, static_argnums=1)
+from s24jax.feature_split import dense_feature_count
 
 
 @pytest.mark.parametrize(
@@ -54,33 +49,3 @@ def test_a_split_without_sparse_features_raises(features, multiple):
         f"dense_share=0.05 of F={features} rounded up to dense_multiple={multiple} leaves "
         "no sparse feature; lower dense_share or dense_multiple"
     )
-
-
-def test_golden_split():
-    split = split_features(jnp.array([3, 9, 0, 3, 9, 3, 1, 0]), 3)
-    assert split.dense.tolist() == [1, 4, 0]
-    assert sorted(split.sparse.tolist()) == [2, 3, 5, 6, 7]
-
-
-def test_equal_counts_take_the_lowest_features():
-    assert split_features(jnp.full(16, 5), 4).dense.tolist() == [0, 1, 2, 3]
-
-
-@given(st.lists(st.integers(0, 3), min_size=16, max_size=16))
-def test_split_against_the_oracle(counts):
-    """Few distinct counts, so that ties decide; compiled, so that sizes are static."""
-    split = SPLIT(jnp.array(counts), 5)
-    assert split.dense.tolist() == oracles.densest(counts, 5)
-    assert sorted(split.dense.tolist() + split.sparse.tolist()) == list(range(16))
-
-
-def test_no_dense_feature():
-    split = split_features(jnp.arange(8), 0)
-    assert split.dense.shape == (0,)
-    assert sorted(split.sparse.tolist()) == list(range(8))
-
-
-def test_the_same_under_vmap():
-    counts = np.random.default_rng(0).integers(0, 5, (3, 16))
-    split = jax.vmap(lambda counts: split_features(counts, 4))(jnp.asarray(counts))
-    assert split.dense.tolist() == [oracles.densest(row, 4) for row in counts]

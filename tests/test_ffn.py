@@ -515,7 +515,7 @@ def shapes_of(arrays) -> list:
 def test_saved_are_x_the_weights_the_compressed_y2_and_counts(feature_wise, tokens, padded, dtype):
     recipe = dataclasses.replace(FULL, feature_wise=feature_wise)
     saved = saved_arrays(recipe, dtype, tokens)
-    y2 = [((padded, F // 2), dtype), ((padded, F // 8), "uint8")]
+    y2 = [((padded, F // 2), dtype), ((1, 1, 128), "uint32")]
     weights_and_x = [((padded, D), dtype), ((F, D), dtype), ((F, D), dtype)]
     assert shapes_of(saved) in (
         sorted(y2 + weights_and_x + [((F,), "int32")]),
@@ -554,7 +554,7 @@ def test_the_saved_y2_has_a_name_for_remat_policies():
         for line in printed.getvalue().splitlines()
         if "from the argument" not in line
     ]
-    assert sorted(kept) == ["bf16[24,16]", "i32[32]", "u8[24,4]"]
+    assert sorted(kept) == ["bf16[24,16]", "i32[32]", "u32[1,1,128]"]
 
 
 # ---------------------------------------------------------------------------------------- bad input

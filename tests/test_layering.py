@@ -22,6 +22,8 @@ FLOORS = [
     ["s24jax.activation", "s24jax.prune24", "s24jax.token_groups"],
     ["s24jax.compressed", "s24jax.feature_split"],
     ["s24jax.recipe"],
+    ["s24jax.device", "s24jax.nvcc", "s24jax.triton_ptx"],
+    ["s24jax.cuda_library", "s24jax.triton_bridge"],  # the one adapter of each kind of kernel
     ["s24jax.ops", "s24jax.ops.dispatch"],
     ["s24jax.ops.*"],
     ["s24jax.ffn"],
@@ -29,6 +31,9 @@ FLOORS = [
     ["s24jax.attention"],
     ["s24jax.model"],
     [
+        "s24jax.bench",
+        "s24jax.bench.*",
+        "s24jax.build",
         "s24jax.catalogue",
         "s24jax.checkpoint",
         "s24jax.data",

@@ -574,7 +574,7 @@ def test_what_remat_saves():
     residual = ((layers, BATCH, LENGTH, width), "float32")
     padded = 16  # tokens
     y2 = [
-        ((layers, padded, hidden // 8), "uint8"),
+        ((layers, 1, 1, 128), "uint32"),
         ((layers, padded, hidden // 2), "float32"),
         ((layers, hidden), "int32"),
     ]

@@ -2,7 +2,7 @@
 
 from s24jax.compressed import Compressed24, compress24
 from s24jax.feature_split import FeatureSplit
-from s24jax.ops.feature_wise24.operand import SplitOperand
+from s24jax.ops.feature_wise24.operand import SplitOperand, dense_rows
 from s24jax.token_groups import TokenGrouping
 from s24jax.typing import Array, Float
 
@@ -24,6 +24,6 @@ def feature_wise24(
     else:
         dy1_grouped = compress24(dy1_sparse, axis=0, grouping=grouping)
     return (
-        SplitOperand(y2_grouped, y2_TF[:, split.dense]),
-        SplitOperand(dy1_grouped, dy1_TF[:, split.dense]),
+        SplitOperand(y2_grouped, dense_rows(y2_TF[:, split.dense], grouping)),
+        SplitOperand(dy1_grouped, dense_rows(dy1_TF[:, split.dense], grouping)),
     )

@@ -3,10 +3,13 @@
 from s24jax.compressed import Compressed24
 from s24jax.errors import InvalidInput
 from s24jax.ops import dispatch
-from s24jax.ops.matmul24 import reference
+from s24jax.ops.matmul24 import cuda, reference
 from s24jax.typing import Array, Float, Implementation
 
-CANDIDATES = [dispatch.Candidate("reference", reference.matmul24)]
+CANDIDATES = [
+    dispatch.Candidate("cuda", cuda.matmul24, cuda.reason_against),
+    dispatch.Candidate("reference", reference.matmul24),
+]
 
 
 def matmul24(

@@ -2,11 +2,16 @@
 
 from s24jax.compressed import Compressed24
 from s24jax.ops import dispatch
-from s24jax.ops.sparsify24 import reference
+from s24jax.ops.sparsify24 import cuda, reference, triton
 from s24jax.prune24 import check_axis
 from s24jax.typing import Array, Float, Implementation, Int
 
-CANDIDATES = [dispatch.Candidate("reference", reference.sparsify24)]
+CANDIDATES = [
+    # Triton's is the faster one by 7 %; CUDA's can be part of a CUDA graph.
+    dispatch.Candidate("triton", triton.sparsify24, triton.reason_against),
+    dispatch.Candidate("cuda", cuda.sparsify24, cuda.reason_against),
+    dispatch.Candidate("reference", reference.sparsify24),
+]
 
 
 def sparsify24(

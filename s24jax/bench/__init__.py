@@ -1,0 +1,12 @@
+"""How fast the ops are, beside what users have today, on the same operand in the same process.
+
+shapes       the FFN's shapes, and what a user writes to choose
+operands     activations with the zeros of a trained model, made on the device
+products     one sparse product in the forms that its contenders take, and its float32 oracle
+timing       contenders measured in turns
+torch_peers  dense cuBLAS and cuSPARSELt, through torch
+cusparselt   the search for cuSPARSELt's fastest right algorithm
+gemm         a bench: a generator of rows; so is sparsify
+tune         the fastest schedule of our own kernel for each product
+rows         flat rows and their JSON; table and figure show them, with the ceilings of rates
+"""

@@ -1,0 +1,134 @@
+"""What a bench leaves behind: flat rows, one for each product, shape and implementation, as JSON.
+
+    bench, product, T, D, F, M, N, K, implementation   what was timed; M, N, K of matrix products
+    ms                     of one call, the median; null where `note` says why there is none
+    tflops                 2*M*N*K / time: a sparse product is credited with the zeros it skips
+    gbps                   the fewest bytes that must be moved / time, in GB/s
+    ratio_to_dense         time of the faster dense product / time
+    ratio_to_cusparselt    time of cuSPARSELt / time
+    rel_error              ||out - oracle|| / ||oracle||, the oracle in float32
+    note
+
+The first row is the environment: bench is "environment", the other keys are the device, the commit,
+the command and a version for each package.
+"""
+
+import importlib.metadata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from s24jax.bench.shapes import Shape, Size
+from s24jax.bench.timing import Result
+from s24jax.errors import InvalidInput
+from s24jax.workdir import devices, git_commit, versions
+from s24jax.writer import read_json, write_json
+
+KEYS = (
+    "bench",
+    "product",
+    "T",
+    "D",
+    "F",
+    "M",
+    "N",
+    "K",
+    "implementation",
+    "ms",
+    "tflops",
+    "gbps",
+    "ratio_to_dense",
+    "ratio_to_cusparselt",
+    "rel_error",
+    "note",
+)
+ENVIRONMENT = "environment"
+DENSE = ("xla_dense", "cublas")
+CUSPARSELT = ("cusparselt", "cusparselt_compress")
+PEER_PACKAGES = ("torch", "triton", "jax-triton", "nvidia-cublas", "nvidia-cusparselt-cu13")
+
+Row = dict[str, Any]
+
+
+def make_rows(
+    bench: str,
+    product: str,
+    shape: Shape,
+    results: dict[str, Result],
+    nbytes: dict[str, int],
+    size: Size | None = None,
+) -> list[Row]:
+    """The rows of one product at one shape.
+
+    Args:
+      bench: "gemm" or "sparsify".
+      product: its name.
+      shape: of the FFN.
+      results: of each implementation.
+      nbytes: the fewest bytes that each implementation must move.
+      size: of a matrix product.
+    """
+    best_dense = _fastest(results, DENSE)
+    cusparselt = _fastest(results, CUSPARSELT)
+    what = {"bench": bench, "product": product, **shape._asdict()}
+    what |= size._asdict() if size else dict.fromkeys(Size._fields)
+    rows = []
+    for implementation, result in results.items():
+        seconds = result.seconds
+        values = {
+            "ms": 1e3 * seconds if seconds else None,
+            "tflops": _ratio(size.flops / 1e12, seconds) if size else None,
+            "gbps": _ratio(nbytes[implementation] / 1e9, seconds),
+            "ratio_to_dense": _ratio(best_dense, seconds),
+            "ratio_to_cusparselt": _ratio(cusparselt, seconds),
+            "rel_error": result.rel_error,
+            "note": result.note,
+        }
+        rows.append(what | {"implementation": implementation} | values)
+    return rows
+
+
+def environment(command: str) -> Row:
+    """What the numbers depend on: the device, the code and its packages, and the command."""
+    row = {
+        "bench": ENVIRONMENT,
+        "device": devices()[0],
+        "commit": git_commit(),
+        "command": command,
+    }
+    return row | versions() | {name: _version(name) for name in PEER_PACKAGES}
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Writes a list of flat rows; raises BrokenEnvironment where the disk does not take them."""
+    write_json(path, list(rows))
+
+
+def read_rows(path: str | Path) -> list[Row]:
+    """The rows of `write_rows`.
+
+    Raises:
+      InvalidInput: there is no such file, or it holds something else.
+      BrokenEnvironment: it is no JSON.
+    """
+    rows = read_json(path)
+    wanted = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if not wanted or not all(row.get("bench") == ENVIRONMENT or {*KEYS} <= {*row} for row in rows):
+        raise InvalidInput(f"{path} holds no rows of a bench; name a file that --json has written")
+    return rows
+
+
+def _fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
+    found = [results[name].seconds for name in names if name in results]
+    return min((seconds for seconds in found if seconds), default=None)
+
+
+def _ratio(amount: float | None, seconds: float | None) -> float | None:
+    return amount / seconds if amount and seconds else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,84 @@
+"""The rows of a bench as Markdown: a line for each product and shape, a column for each contender.
+
+A cell is the rate and the time of one call. Where there is none, and where there is more to know, a
+number leads to the notes below the table.
+"""
+
+from collections.abc import Sequence
+
+from s24jax.bench.rates import RATES, share_of_ceiling
+from s24jax.bench.rows import ENVIRONMENT, Row
+
+# Of our kernel, where it has a column.
+OURS = "cuda"
+RATIOS = {
+    "ratio_to_dense": (f"{OURS} : dense", "{:.2f}"),
+    "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
+    "share": ("of the ceiling", "{:.0%}"),
+    "rel_error": (f"error of {OURS}", "{:.1e}"),
+}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown of `rows`, the environment first, then a table for each bench."""
+    lines = [_environment(row) for row in rows if row["bench"] == ENVIRONMENT]
+    for bench in RATES:
+        found = [row for row in rows if row["bench"] == bench]
+        found = [row | {"share": share_of_ceiling(row, found)} for row in found]
+        if found:
+            lines += ["", *_table(bench, found)]
+    return "\n".join(lines) + "\n"
+
+
+def _environment(row: Row) -> str:
+    shown = [row["device"], *(f"{name} {row[name]}" for name in ("jax", "torch"))]
+    return f"{', '.join(shown)}, commit {row['commit']}"
+
+
+def _table(bench: str, rows: list[Row]) -> list[str]:
+    key, unit = RATES[bench]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        line = tuple(row[k] for k in ("T", "D", "F", "product", "M", "N", "K"))
+        lines.setdefault(line, {})[row["implementation"]] = row
+    ours = [row for row in rows if row["implementation"] == OURS]
+    ratios = {k: v for k, v in RATIOS.items() if any(row[k] is not None for row in ours)}
+    sizes = ["M", "N", "K"] if bench == "gemm" else []
+    header = ["T, D, F", "product", *sizes, *names, *(title for title, _ in ratios.values())]
+    notes: dict[str, int] = {}
+    body = []
+    for (*dims, product, m, n, k), found in lines.items():
+        cells = [", ".join(map(str, dims)), product, *map(str, [m, n, k][: len(sizes)])]
+        cells += [_cell(found.get(name), key, notes) for name in names]
+        mine = found.get(OURS, {})
+        cells += [_number(mine.get(ratio), form) for ratio, (_, form) in ratios.items()]
+        body.append(cells)
+    found = [f"{bench}: {unit} (ms)", "", *_aligned(header, body)]
+    return found + [line for note, i in notes.items() for line in ("", f"[{i}] {note}")]
+
+
+def _cell(row: Row | None, key: str, notes: dict[str, int]) -> str:
+    if row is None:
+        return ""
+    rate = "" if row["ms"] is None else f"{row[key]:,.4g} ({row['ms']:.3f})"
+    note = f"[{notes.setdefault(row['note'], len(notes) + 1)}]" if row["note"] else ""
+    return " ".join(filter(None, [rate, note]))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else form.format(value)
+
+
+def _aligned(header: list[str], body: list[list[str]]) -> list[str]:
+    """Markdown's table, to be read as text as well; the first two columns are words."""
+    widths = [max(3, *map(len, column)) for column in zip(header, *body, strict=True)]
+    rule = ["-" * w if i < 2 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    lines = []
+    for cells in (header, rule, *body):
+        padded = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        lines.append(f"| {' | '.join(padded)} |")
+    return lines

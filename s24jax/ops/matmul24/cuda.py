@@ -1,0 +1,133 @@
+"""matmul24 by `wgmma.mma_async.sp`: the kernel of ffi/matmul24.cu and what it can take."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from s24jax import cuda_library, device
+from s24jax.compressed import Compressed24
+from s24jax.ops.matmul24 import tuning
+from s24jax.token_groups import TokenGrouping
+from s24jax.typing import Array, Float, Int
+
+MULTIPROCESSORS = 144  # at most, of any GPU with compute capability 9.0
+LIST_ROWS = tuning.TILES[0].rows  # rows of A that share a list of K blocks
+LIST_BLOCK = 64  # positions along K of one entry of a list
+
+
+class KBlocks(NamedTuple):
+    """Which blocks of 64 positions along K each 512 rows of A multiply; the others are skipped.
+
+    Attributes:
+      blocks: [ceil(M/512), ceil(K/64)], block numbers; the first `counts` of a row are read.
+      counts: [ceil(M/512)], how many.
+    """
+
+    blocks: Int[Array, "tiles blocks"]
+    counts: Int[Array, "tiles"]
+
+
+def reason_against(a: Compressed24, b: Float[Array, "K N"], **_) -> str | None:
+    """Why this implementation cannot take the product here; None where it can."""
+    return (
+        device.hopper_reason()
+        or cuda_library.reason_against()
+        or reason_against_operands(a.dtype, a.grouping, *b.shape)
+    )
+
+
+def reason_against_operands(dtype, grouping: TokenGrouping, k: int, n: int) -> str | None:
+    """What the kernel cannot take, wherever it runs."""
+    if dtype != jnp.bfloat16:
+        return f"the operands are {dtype}; cast them to bfloat16"
+    if grouping.kind == "random":
+        return "it has no random groups of tokens; use strided or adjacent ones"
+    if k == 0 or n == 0:
+        return f"K={k}, N={n} is an empty product"
+    # The copy engine takes rows whose length in bytes is a multiple of 16.
+    if k % 16 or n % 8:
+        return f"K={k}, N={n}; pad K to a multiple of 16 and N to a multiple of 8"
+    return None
+
+
+def matmul24(
+    a: Compressed24,
+    b: Float[Array, "K N"],
+    *,
+    schedule: tuning.Schedule | None = None,
+    out_dtype=None,
+    k_blocks: KBlocks | None = None,
+) -> Float[Array, "M N"]:
+    """See `s24jax.ops.matmul24.api`.
+
+    Args:
+      schedule: instead of the tuned one.
+      out_dtype: bfloat16 (None) or float32, which is the sum itself.
+      k_blocks: skip all other blocks along K, as if A were zero there.
+    """
+    m = a.values.shape[0]
+    if m == 0:
+        return jnp.zeros((0, b.shape[1]), out_dtype or b.dtype)
+    strided = a.grouping.kind == "strided"
+    if schedule is None:
+        schedule = tuning.schedule_for(m, b.shape[1], b.shape[0], strided)
+    if k_blocks is not None:
+        schedule = tuning.Schedule(tile=0, group=schedule.group, stream_k=False)
+    return launch(
+        a.values,
+        a.metadata,
+        b,
+        strided=strided,
+        rows=m,
+        schedule=schedule,
+        out_dtype=out_dtype,
+        k_blocks=k_blocks,
+    )
+
+
+def launch(
+    values: Float[Array, "M kept"],
+    metadata: Array,
+    b: Float[Array, "K N"],
+    *,
+    strided: bool,
+    rows: int,
+    schedule: tuning.Schedule,
+    dense: Float[Array, "2 Md kept"] | None = None,
+    places: tuple[Int[Array, "M"], Int[Array, "Md"]] | None = None,
+    k_blocks: KBlocks | None = None,
+    out_dtype=None,
+) -> Float[Array, "rows N"]:
+    """One launch of the kernel.
+
+    Args:
+      values, metadata: of the compressed A.
+      strided: B's rows are taken in strided groups of four, not in adjacent ones.
+      rows: of the result.
+      dense: further rows of A, each as the sum of two 2:4 rows (`SplitOperand.dense`).
+      places: the row of the result where each row of A goes, and each of `dense`.
+    """
+    no_array = jnp.zeros((0,), jnp.int32)
+    tile = tuning.TILES[schedule.tile]
+    # Half a cluster's tile of float32 and two flags for each multiprocessor.
+    per_block = tile.rows // 2 * tile.columns * 4 + 2 * 4
+    workspace = MULTIPROCESSORS * per_block if schedule.stream_k else 0
+    out, _ = cuda_library.call(
+        "s24jax_matmul24",
+        [
+            jax.ShapeDtypeStruct((rows, b.shape[1]), out_dtype or b.dtype),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+        ],
+        values,
+        metadata,
+        jnp.zeros((2, 0, 0), b.dtype) if dense is None else dense,
+        b,
+        *((no_array, no_array) if places is None else places),
+        *((no_array, no_array) if k_blocks is None else k_blocks),
+        tile=schedule.tile,
+        group=schedule.group,
+        stream_k=int(schedule.stream_k),
+        strided=int(strided),
+    )
+    return out
