@@ -15,7 +15,8 @@ def relu2(y1: Float[Array, "..."]) -> Float[Array, "..."]:
     """Squared ReLU, `relu(y1)**2`, elementwise.
 
     The square is taken in float32, zero below the smallest normal number, and rounded once to the
-    input's dtype. NaN stays NaN; the result is never -0.0. For its gradient autodiff keeps y1 alone.
+    input's dtype. NaN stays NaN; the result is never -0.0. For its gradient autodiff keeps y1
+    alone.
 
     Source: So et al. 2021 (Primer), arXiv 2109.08668, section 3.1.
     """
