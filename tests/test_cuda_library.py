@@ -65,20 +65,20 @@ def nothing_prebuilt(monkeypatch):
     monkeypatch.delenv(cuda_library.PREBUILT, raising=False)
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
     """The library of a toy, built with the real nvcc, instead of that of `ffi/`."""
-    folder = tmp_path_factory.mktemp("toy")
+    folder = tmp_path / "toy"
+    folder.mkdir()
     (folder / "toy.cu").write_text(TOY)
     (folder / "toy.cuh").write_text("#pragma once\nconstexpr float SCALE = 1.0f;\n")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda_library, "SOURCES", folder)
-        patch.setattr(cuda_library, "TARGETS", ("s24jax_toy",))
-        patch.setattr(cuda_library, "_loaded", [])
-        library = cuda_library.build()
-        handler = jax.ffi.pycapsule(ctypes.CDLL(str(library))["s24jax_toy"])
-        jax.ffi.register_ffi_target("s24jax_toy", handler, platform="cpu")
-        yield library
+    monkeypatch.setattr(cuda_library, "SOURCES", folder)
+    monkeypatch.setattr(cuda_library, "TARGETS", ("s24jax_toy",))
+    monkeypatch.setattr(cuda_library, "_loaded", [])
+    library = cuda_library.build()  # once: its name depends on the sources, not on their place
+    handler = jax.ffi.pycapsule(ctypes.CDLL(str(library))["s24jax_toy"])
+    jax.ffi.register_ffi_target("s24jax_toy", handler, platform="cpu")
+    return library
 
 
 @pytest.fixture
@@ -444,7 +444,8 @@ def test_the_kernels_of_this_package_compile_load_and_register(monkeypatch):
 
 def test_nothing_else_lies_among_the_sources():
     """What is neither hashed nor installed must not be included by a source."""
-    assert {path.suffix for path in cuda_library.SOURCES.iterdir()} <= {".cu", ".cuh", ".md"}
+    files = [path for path in cuda_library.SOURCES.iterdir() if not path.name.startswith(".")]
+    assert {path.suffix for path in files} <= {".cu", ".cuh", ".md"}
 
 
 def test_the_command_line_ends_with_one_line_of_error(fake, monkeypatch):
