@@ -6,7 +6,6 @@
 // of its 128 tokens in shared memory; then lane j of each warp holds group j, and the warp walks 16
 // features. So the 32 groups of a feature, 128 bytes of its row, are written at once, wherever in
 // the result the split puts that row.
-#include <algorithm>
 
 #include "error.cuh"
 #include "hopper.cuh"
@@ -160,8 +159,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     y2[member] = load_shared_16(shared + at);
     dy1[member] = load_shared_16(shared + kBoxBytes + at);
   }
-  uint32_t nibbles[2] =
-      {};  // of 8 features each: of the even ones in the low half, of the odd ones
+  // Of 8 features each: the even ones in the low half, the odd ones in the high half.
+  uint32_t nibbles[2] = {};
   const uint32_t row_words = arg.tokens / 4;
 #pragma unroll
   for (int g = 0; g < 4; g++) {  // groups of 4 features
@@ -271,13 +270,13 @@ ffi::Error feature_wise24(
   }
   const cudaError_t raised = cudaFuncSetAttribute(
       feature_wise24_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (raised != cudaSuccess) return failed("feature_wise24", cudaGetErrorString(raised));
+  if (raised != cudaSuccess) return status("feature_wise24", raised);
   // The rows that pad the last 64 belong to no feature: empty groups.
   const int64_t row_blocks = metadata->dimensions()[0], block = 128 * arg.token_blocks;
   if (y2_sparse->dimensions()[0] % 64) {
     const cudaError_t error = cudaMemsetAsync(metadata->typed_data() + (row_blocks - 1) * block,
                                               0x44, block * sizeof(uint32_t), stream);
-    if (error != cudaSuccess) return failed("feature_wise24", cudaGetErrorString(error));
+    if (error != cudaSuccess) return status("feature_wise24", error);
   }
   place_features<<<(arg.features + 255) / 256, 256, 0, stream>>>(
       dense.typed_data(), sparse.typed_data(), arg.dense_features, arg.features,
@@ -285,9 +284,7 @@ ffi::Error feature_wise24(
   const dim3 grid((arg.features + kFeatures - 1) / kFeatures,
                   (arg.tokens / 4 + kGroups - 1) / kGroups);
   feature_wise24_kernel<<<grid, 32 * kWarps, kSharedBytes, stream>>>(arg);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? ffi::Error::Success()
-                              : failed("feature_wise24", cudaGetErrorString(error));
+  return status("feature_wise24", cudaGetLastError());
 }
 
 }  // namespace

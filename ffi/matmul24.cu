@@ -9,6 +9,9 @@
 // Dense rows. A dense row is the sum of two 2:4 rows: one keeps members 0 and 1 of every group, the
 // other members 2 and 3. So the dense features of a weight gradient are tiles like the others,
 // twice as long, whose metadata is a constant.
+#include <array>
+#include <atomic>
+
 #include "error.cuh"
 #include "hopper.cuh"
 #include "matmul24_schedule.cuh"
@@ -67,12 +70,11 @@ __device__ int first_metadata(const Arguments& arg, int row) {
 template <typename T>
 __device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<T> schedule,
                         int rank) {
-  constexpr int kShare = kBlock / kCluster;  // rows of B that this block copies, for all
-  constexpr uint16_t kAll = (1 << kCluster) - 1;
+  constexpr uint16_t kAll = (1 << T::CLUSTER) - 1;
   Cursor<T> at;
   Piece piece;
   while (schedule.next(piece)) {
-    const int row = (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS;
+    const int row = (piece.row_tile * T::CLUSTER + rank) * T::BLOCK_ROWS;
     const int column = piece.column_tile * T::COLUMNS;
     const CUtensorMap* a = piece.dense ? &arg.a_dense : &arg.a;
     const int row_group = first_metadata<T>(arg, row);
@@ -86,11 +88,11 @@ __device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<
         copy_box(shared.metadata(at.stage), &arg.metadata, full, 0, k_block, row_group);
       }
       copy_box(shared.a(at.stage), a, full, k_block * (kBlock / 2), row, piece.dense ? i & 1 : 0);
-#pragma unroll
-      for (int chunk = 0; chunk < T::CHUNKS; chunk++) {
-        if (chunk >= piece.chunks) break;
-        const uint32_t to = shared.b(at.stage) + chunk * kBlock * 128 + rank * kShare * 128;
-        const int x = column + chunk * kChunk, z = (k_block * kBlock + rank * kShare) / 4;
+      // Each block copies some chunks of B, for all. Boxes of less than 64 rows are slower.
+#pragma unroll 1
+      for (int chunk = rank; chunk < piece.chunks; chunk += T::CLUSTER) {
+        const uint32_t to = shared.b(at.stage) + chunk * kBlock * kChunk * 2;
+        const int x = column + chunk * kChunk, z = k_block * (kBlock / 4);
         copy_box_multicast(to, &arg.b, full, kAll, x, 0, z);
       }
       at.advance();
@@ -148,7 +150,7 @@ __device__ void multiply(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
     const uint32_t a = shared.a(at.stage) + a_offset, b = shared.b(at.stage);
     multiply_step<T, COLUMNS, 0>(sums, metadata[now], a, b);
     wgmma_wait<1>();
-    if (before && thread < kCluster) barrier_arrive_at(before, thread);
+    if (before && thread < T::CLUSTER) barrier_arrive_at(before, thread);
     before = shared.empty(at.stage);
     at.advance();
     if (i + 1 < piece.last) make_ready(metadata[1 - now], i + 1);
@@ -159,7 +161,7 @@ __device__ void multiply(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
     if (i + 1 < piece.last) stage(1, i + 1);
   }
   wgmma_wait<0>();
-  if (thread < kCluster) barrier_arrive_at(before, thread);
+  if (thread < T::CLUSTER) barrier_arrive_at(before, thread);
 }
 
 // ------------------------------------------------------------------------------- parts of a tile
@@ -293,7 +295,7 @@ __device__ void work_on(const Piece& piece, const Arguments& arg, const Shared<T
   constexpr int COLUMNS = CHUNKS * kChunk;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int first_row =
-      (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS + warpgroup * T::ROW_BLOCKS * 64;
+      (piece.row_tile * T::CLUSTER + rank) * T::BLOCK_ROWS + warpgroup * T::ROW_BLOCKS * 64;
   Accumulator<T, COLUMNS> sums;
 #pragma unroll
   for (int i = 0; i < T::ROW_BLOCKS * COLUMNS / 2; i++)
@@ -302,11 +304,11 @@ __device__ void work_on(const Piece& piece, const Arguments& arg, const Shared<T
     multiply<T, COLUMNS>(sums, arg, shared, at, piece, first_row, warpgroup, thread);
   }
   if (!piece.finishes()) {
-    leave_partial<T, COLUMNS>(sums, arg, cluster * kCluster + rank, warpgroup, thread);
+    leave_partial<T, COLUMNS>(sums, arg, cluster * T::CLUSTER + rank, warpgroup, thread);
     return;
   }
   for (int helper = 1; helper <= piece.helpers; helper++) {
-    add_partial<T, COLUMNS>(sums, arg, (cluster - helper) * kCluster + rank, warpgroup, thread);
+    add_partial<T, COLUMNS>(sums, arg, (cluster - helper) * T::CLUSTER + rank, warpgroup, thread);
   }
   write_tile<T, Out, COLUMNS>(sums, arg, piece, first_row + warp * 16, lane,
                               shared.staging(warpgroup * 4 + warp));
@@ -328,11 +330,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<T> shared{shared_address(memory)};
   const int rank = cluster_rank();
-  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
+  const int cluster = blockIdx.x / T::CLUSTER, clusters = gridDim.x / T::CLUSTER;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::STAGES; stage++) {
       barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), kConsumers * kCluster);
+      barrier_init(shared.empty(stage), kConsumers * T::CLUSTER);
     }
     barrier_init_fence();
     prefetch_map(&arg.a);
@@ -355,23 +357,47 @@ __global__ void __launch_bounds__(kThreads, 1)
 // ----------------------------------------------------------------------------------------- handler
 
 struct Matrices {
-  ffi::AnyBuffer values, metadata, dense, b;
+  ffi::Buffer<ffi::BF16> values;
+  ffi::Buffer<ffi::U32> metadata;
+  ffi::Buffer<ffi::BF16> dense, b;
 };
+
+// Blocks of a grid that fills the device: not every cluster of four finds its place.
+template <typename T, typename Out>
+cudaError_t blocks_of_device(cudaLaunchConfig_t config, int& blocks) {
+  constexpr int kDevices = 64;
+  static std::array<std::atomic<int>, kDevices> found = {};
+  int device = 0, clusters = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  if (device < kDevices && (blocks = found[device])) return cudaSuccess;
+  error = cudaFuncSetAttribute(matmul24_kernel<T, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               T::SHARED_BYTES);
+  if (error != cudaSuccess) return error;
+  config.gridDim = dim3(T::CLUSTER);
+  error = cudaOccupancyMaxActiveClusters(&clusters, matmul24_kernel<T, Out>, &config);
+  blocks = clusters * T::CLUSTER;
+  if (device < kDevices) found[device] = blocks;
+  return error;
+}
 
 template <typename T, typename Out>
 ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool strided,
                   bool stream_k, uint8_t* workspace, size_t workspace_bytes) {
-  int device, blocks;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(matmul24_kernel<T, Out>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES);
-  }
-  if (error != cudaSuccess) return failed("matmul24", cudaGetErrorString(error));
-  blocks = blocks / kCluster * kCluster;
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = T::CLUSTER;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = T::SHARED_BYTES;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  int blocks;
+  cudaError_t error = blocks_of_device<T, Out>(config, blocks);
+  if (error != cudaSuccess) return status("matmul24", error);
+  config.gridDim = dim3(blocks);
 
   const int64_t k = in.b.dimensions()[0], kept = k / 2, n = arg.n;
   const int64_t member = strided ? k / 4 * n : n, group = strided ? n : 4 * n;
@@ -386,10 +412,10 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
                  {kWords, metadata_columns, arg.metadata_rows}, {kWords, kWords * metadata_columns},
                  {kWords, 1, T::ROW_GROUPS}, CU_TENSOR_MAP_SWIZZLE_NONE) &&
       map_tensor(&arg.b, in.b.untyped_data(), 2, {n, 4, k / 4}, {member, group},
-                 {64, 4, kBlock / kCluster / 4}, CU_TENSOR_MAP_SWIZZLE_128B);
+                 {kChunk, 4, kBlock / 4}, CU_TENSOR_MAP_SWIZZLE_128B);
   if (!mapped) return failed("matmul24", "cuTensorMapEncodeTiled refused an operand");
 
-  divide<T>(arg, blocks / kCluster, stream_k);
+  divide<T>(arg, blocks / T::CLUSTER, stream_k);
   if (arg.cut_work) {
     const size_t flags = blocks * kConsumers * sizeof(int);
     const size_t partials = size_t(blocks) * T::BLOCK_ROWS * T::COLUMNS * sizeof(float);
@@ -397,52 +423,40 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
     arg.partials = reinterpret_cast<float*>(workspace);
     arg.partial_done = reinterpret_cast<int*>(workspace + partials);
     error = cudaMemsetAsync(arg.partial_done, 0, flags, stream);
-    if (error != cudaSuccess) return failed("matmul24", cudaGetErrorString(error));
+    if (error != cudaSuccess) return status("matmul24", error);
   }
 
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = T::SHARED_BYTES;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  error = cudaLaunchKernelEx(&config, matmul24_kernel<T, Out>, arg);
-  return error == cudaSuccess ? ffi::Error::Success()
-                              : failed("matmul24", cudaGetErrorString(error));
+  return status("matmul24", cudaLaunchKernelEx(&config, matmul24_kernel<T, Out>, arg));
 }
 
 template <typename T>
 ffi::Error launch_typed(cudaStream_t stream, const Arguments& arg, const Matrices& in, bool strided,
-                        bool stream_k, ffi::AnyBuffer out, ffi::Result<ffi::AnyBuffer>& workspace) {
-  auto* bytes = static_cast<uint8_t*>(workspace->untyped_data());
+                        bool stream_k, ffi::AnyBuffer out, ffi::ResultBuffer<ffi::U8>& workspace) {
+  uint8_t* bytes = workspace->typed_data();
   return out.element_type() == ffi::DataType::F32
              ? launch<T, float>(stream, arg, in, strided, stream_k, bytes, workspace->size_bytes())
              : launch<T, __nv_bfloat16>(stream, arg, in, strided, stream_k, bytes,
                                         workspace->size_bytes());
 }
 
-template <typename Type>
-const Type* data_or_null(const ffi::AnyBuffer& buffer) {
-  return buffer.element_count() ? static_cast<const Type*>(buffer.untyped_data()) : nullptr;
+const int* data_or_null(const ffi::Buffer<ffi::S32>& buffer) {
+  return buffer.element_count() ? buffer.typed_data() : nullptr;
 }
 
 // Names of tiles: see s24jax/ops/matmul24/tuning.py.
-ffi::Error matmul24(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer metadata,
-                    ffi::AnyBuffer dense, ffi::AnyBuffer b, ffi::AnyBuffer rows,
-                    ffi::AnyBuffer dense_rows, ffi::AnyBuffer k_lists, ffi::AnyBuffer k_counts,
-                    ffi::Result<ffi::AnyBuffer> out, ffi::Result<ffi::AnyBuffer> workspace,
-                    int32_t tile, int32_t group, int32_t stream_k, int32_t strided) {
+ffi::Error matmul24(cudaStream_t stream, ffi::Buffer<ffi::BF16> values,
+                    ffi::Buffer<ffi::U32> metadata, ffi::Buffer<ffi::BF16> dense,
+                    ffi::Buffer<ffi::BF16> b, ffi::Buffer<ffi::S32> rows,
+                    ffi::Buffer<ffi::S32> dense_rows, ffi::Buffer<ffi::S32> k_lists,
+                    ffi::Buffer<ffi::S32> k_counts, ffi::Result<ffi::AnyBuffer> out,
+                    ffi::ResultBuffer<ffi::U8> workspace, int32_t tile, int32_t group,
+                    int32_t stream_k, int32_t strided) {
   const Matrices in{values, metadata, dense, b};
   Arguments arg = {};
-  arg.rows = data_or_null<int>(rows);
-  arg.dense_rows = data_or_null<int>(dense_rows);
-  arg.k_lists = data_or_null<int>(k_lists);
-  arg.k_counts = data_or_null<int>(k_counts);
+  arg.rows = data_or_null(rows);
+  arg.dense_rows = data_or_null(dense_rows);
+  arg.k_lists = data_or_null(k_lists);
+  arg.k_counts = data_or_null(k_counts);
   arg.out = out->untyped_data();
   arg.m = static_cast<int>(values.dimensions()[0]);
   arg.m_dense = dense.element_count() ? static_cast<int>(dense.dimensions()[1]) : 0;
@@ -452,9 +466,11 @@ ffi::Error matmul24(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer m
   arg.group = group;
   switch (tile) {
     case 0:
-      return launch_typed<Tile<2, 192>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<1, 256, 2>>(stream, arg, in, strided, stream_k, *out, workspace);
     case 1:
-      return launch_typed<Tile<1, 256>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<1, 256, 4>>(stream, arg, in, strided, stream_k, *out, workspace);
+    case 2:
+      return launch_typed<Tile<2, 192, 2>>(stream, arg, in, strided, stream_k, *out, workspace);
     default:
       return failed("matmul24", "no such tile");
   }
@@ -466,16 +482,16 @@ ffi::Error matmul24(cudaStream_t stream, ffi::AnyBuffer values, ffi::AnyBuffer m
 XLA_FFI_DEFINE_HANDLER_SYMBOL(s24jax_matmul24, s24jax::matmul24,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
-                                  .Arg<xla::ffi::AnyBuffer>()  // values
-                                  .Arg<xla::ffi::AnyBuffer>()  // metadata
-                                  .Arg<xla::ffi::AnyBuffer>()  // dense
-                                  .Arg<xla::ffi::AnyBuffer>()  // b
-                                  .Arg<xla::ffi::AnyBuffer>()  // rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // dense_rows
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_lists
-                                  .Arg<xla::ffi::AnyBuffer>()  // k_counts
-                                  .Ret<xla::ffi::AnyBuffer>()  // out
-                                  .Ret<xla::ffi::AnyBuffer>()  // workspace
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()  // values
+                                  .Arg<xla::ffi::Buffer<xla::ffi::U32>>()   // metadata
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()  // dense
+                                  .Arg<xla::ffi::Buffer<xla::ffi::BF16>>()  // b
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // rows
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // dense_rows
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // k_lists
+                                  .Arg<xla::ffi::Buffer<xla::ffi::S32>>()   // k_counts
+                                  .Ret<xla::ffi::AnyBuffer>()               // out
+                                  .Ret<xla::ffi::Buffer<xla::ffi::U8>>()    // workspace
                                   .Attr<int32_t>("tile")
                                   .Attr<int32_t>("group")
                                   .Attr<int32_t>("stream_k")

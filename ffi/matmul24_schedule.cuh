@@ -9,7 +9,6 @@ namespace s24jax {
 
 constexpr int kConsumers = 2;  // warpgroups that multiply; one more copies
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kCluster = 2;               // blocks that share B's columns
 constexpr int kChunk = 64;                // columns of B that are copied together
 constexpr int kBlock = 64;                // positions along K of one stage
 constexpr int kWords = 128;               // of metadata, of 64 rows and one stage
@@ -18,13 +17,15 @@ constexpr int kStagingBytes = 2048;       // of them per warp, for the epilogue
 constexpr int kStaging = kConsumers * 4 * kStagingBytes;
 constexpr int kBarrierBytes = 128;
 
-// The work of one cluster at a time: ROW_BLOCKS x 64 rows a warpgroup, COLUMNS columns.
-template <int ROW_BLOCKS_, int COLUMNS_>
+// The work of one cluster at a time: CLUSTER blocks below each other that share B's columns, each
+// of ROW_BLOCKS x 64 rows a warpgroup and COLUMNS columns.
+template <int ROW_BLOCKS_, int COLUMNS_, int CLUSTER_>
 struct Tile {
   static constexpr int ROW_BLOCKS = ROW_BLOCKS_;
   static constexpr int COLUMNS = COLUMNS_;
+  static constexpr int CLUSTER = CLUSTER_;
   static constexpr int BLOCK_ROWS = 64 * ROW_BLOCKS * kConsumers;
-  static constexpr int ROWS = BLOCK_ROWS * kCluster;
+  static constexpr int ROWS = BLOCK_ROWS * CLUSTER;
   static constexpr int CHUNKS = COLUMNS / kChunk;
   // One stage in shared memory: A, B, metadata.
   static constexpr int ROW_GROUPS = BLOCK_ROWS / 64;

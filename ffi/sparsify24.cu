@@ -159,13 +159,11 @@ ffi::Error sparsify24(cudaStream_t stream, ffi::Buffer<ffi::BF16> y1,
   arg.row_blocks = static_cast<int>(metadata->dimensions()[0]);
   arg.feature_blocks = static_cast<int>(metadata->dimensions()[1]);
   cudaError_t error = cudaMemsetAsync(arg.counts, 0, counts->size_bytes(), stream);
-  if (error != cudaSuccess) return failed("sparsify24", cudaGetErrorString(error));
+  if (error != cudaSuccess) return status("sparsify24", error);
   const dim3 grid((arg.feature_blocks + 1) / 2, (arg.row_blocks + kRowBlocks - 1) / kRowBlocks);
   if (grid.x == 0 || grid.y == 0) return ffi::Error::Success();
   sparsify24_kernel<<<grid, 32 * kWarps, 0, stream>>>(arg);
-  error = cudaGetLastError();
-  return error == cudaSuccess ? ffi::Error::Success()
-                              : failed("sparsify24", cudaGetErrorString(error));
+  return status("sparsify24", cudaGetLastError());
 }
 
 }  // namespace

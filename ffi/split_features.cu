@@ -88,13 +88,11 @@ ffi::Error split_features(cudaStream_t stream, ffi::Buffer<ffi::S32> counts,
   const int bytes = static_cast<int>(counts.size_bytes());
   cudaError_t error = cudaFuncSetAttribute(split_features_kernel,
                                            cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return failed("split_features", cudaGetErrorString(error));
+  if (error != cudaSuccess) return status("split_features", error);
   split_features_kernel<<<1, kThreads, bytes, stream>>>(
       counts.typed_data(), dense->typed_data(), sparse->typed_data(),
       static_cast<int>(counts.element_count()), static_cast<int>(dense->element_count()));
-  error = cudaGetLastError();
-  return error == cudaSuccess ? ffi::Error::Success()
-                              : failed("split_features", cudaGetErrorString(error));
+  return status("split_features", cudaGetLastError());
 }
 
 }  // namespace

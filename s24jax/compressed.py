@@ -45,6 +45,11 @@ EMPTY_GROUP = 0x4  # positions 0 and 1
 BLOCK = 64  # rows, and positions along K, of a block of metadata
 
 
+def metadata_shape(rows: int, length: int) -> tuple[int, int, int]:
+    """The shape of the metadata of `rows` rows whose compressed axis has this length."""
+    return -(-rows // BLOCK), -(-length // BLOCK), 128
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Compressed24:

@@ -203,22 +203,25 @@ def test_contenders_take_turns():
     device = FakeDevice()
     times = {"a": 0.010, "b": 0.005, "c": 0.050}
     contenders = {name: device.contender(name, seconds) for name, seconds in times.items()}
-    found = interleave(contenders, 3, clock=device.clock)
+    found = interleave(contenders, 9, clock=device.clock)
     assert found == pytest.approx(times)
-    runs = [(name, len(list(run))) for name, run in itertools.groupby(device.calls)]
-    # One call to warm up and three to see how many fill 20 ms; then the rounds.
-    assert runs == [("a", 4), ("b", 4), ("c", 4)] + 3 * [("a", 2), ("b", 4), ("c", 1)]
+    calls = "".join(device.calls)
+    # One call to warm up and three to see how many fill 50 ms; then the rounds, in changing orders.
+    assert calls[:12] == 4 * "a" + 4 * "b" + 4 * "c"
+    rounds = [calls[start : start + 16] for start in range(12, len(calls), 16)]
+    turns = {"".join(order) for order in itertools.permutations([5 * "a", 10 * "b", "c"])}
+    assert len(rounds) == 9 and set(rounds) <= turns and len(set(rounds)) > 3
 
 
 def test_the_median_leaves_out_what_disturbs():
     device = FakeDevice()
-    seconds = iter([0.02] * 4 + [0.02, 0.5, 0.03])  # warm-up and calibration first
+    seconds = iter([0.05] * 4 + [0.05, 0.5, 0.06])  # warm-up and calibration first
 
     def call():
         device.queued += next(seconds)
 
     contender = device.contender("a", 0.0)._replace(call=call)
-    assert interleave({"a": contender}, 3, clock=device.clock) == {"a": pytest.approx(0.03)}
+    assert interleave({"a": contender}, 3, clock=device.clock) == {"a": pytest.approx(0.06)}
 
 
 def test_wrong_results_have_no_time():

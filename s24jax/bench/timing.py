@@ -1,12 +1,14 @@
 """Contenders measured in turns.
 
 The clock of a GPU falls with its power, so what is measured second or after something hot looks
-slower. Every contender is therefore sampled in every round, A B C A B C ..., and its time is the
-median over rounds. A sample is a row of calls that are queued without waiting in between, long
-enough that Python's part and the wait at the end do not count. Operands do not fit into the cache.
+slower. Every contender is therefore sampled in every round, each time in another order, so that
+none always follows the same neighbour, and its time is the median over rounds. A sample is a row of
+calls that are queued without waiting in between, long enough that Python's part and the wait at the
+end do not count. Operands do not fit into the cache.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +20,7 @@ import numpy as np
 
 from s24jax.errors import EXPECTED
 
-SAMPLE_S = 0.02
+SAMPLE_S = 0.05
 # A product of bfloat16 operands, rounded once, is off by 0.002; this is no rounding any more.
 WRONG = 1e-2
 
@@ -105,15 +107,16 @@ def measure(
 def interleave(
     contenders: Mapping[Name, Contender], rounds: int, *, clock: Clock = time.perf_counter
 ) -> dict[Name, float]:
-    """Median seconds of one call of each contender."""
+    """Median seconds of one call of each contender; the orders are the same in every run."""
     calls = {}
     for name, contender in contenders.items():
         sample(contender, 1, clock)
         calls[name] = max(1, math.ceil(SAMPLE_S / max(sample(contender, 3, clock), 1e-9)))
     samples = {name: [] for name in contenders}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, contender in contenders.items():
-            samples[name].append(sample(contender, calls[name], clock))
+        for name in order.sample(list(contenders), len(contenders)):
+            samples[name].append(sample(contenders[name], calls[name], clock))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from s24jax import cuda_library, device
-from s24jax.compressed import BLOCK, Compressed24
+from s24jax.compressed import Compressed24, metadata_shape
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops.feature_wise24.operand import SplitOperand
 from s24jax.token_groups import TokenGrouping
@@ -32,8 +32,10 @@ def reason_against(
     if y2.dtype != jnp.bfloat16:
         return f"Y2 is {y2.dtype}; cast it to bfloat16"
     tokens, features = y2.shape
-    if features % 16 or tokens == 0:
-        return f"T={tokens}, F={features}; pad F to a multiple of 16"
+    if tokens == 0:
+        return "T=0: there are no tokens"
+    if features % 16:
+        return f"F={features}; pad it to a multiple of 16"
     return None
 
 
@@ -49,12 +51,12 @@ def feature_wise24(
     tokens, features = y2.shape
     dense, sparse = split.dense.size, split.sparse.size
     values = jax.ShapeDtypeStruct((sparse, tokens // 2), y2.dtype)
-    blocks = (-(-sparse // BLOCK), -(-tokens // BLOCK), 128)
+    metadata = jax.ShapeDtypeStruct(metadata_shape(sparse, tokens), jnp.uint32)
     dense_rows = jax.ShapeDtypeStruct((2, dense, tokens // 2), y2.dtype)
     row_of = jax.ShapeDtypeStruct((features,), jnp.int32)  # the kernel's own
     y2_values, dy1_values, metadata, y2_dense, dy1_dense, _ = cuda_library.call(
         "s24jax_feature_wise24",
-        [values, values, jax.ShapeDtypeStruct(blocks, jnp.uint32), dense_rows, dense_rows, row_of],
+        [values, values, metadata, dense_rows, dense_rows, row_of],
         y2.values,
         y2.metadata,
         dy1.values,

@@ -8,41 +8,33 @@ import jax.numpy as jnp
 from s24jax import cuda_library, device
 from s24jax.compressed import Compressed24
 from s24jax.ops.matmul24 import tuning
-from s24jax.token_groups import TokenGrouping
 from s24jax.typing import Array, Float, Int
 
 MULTIPROCESSORS = 144  # at most, of any GPU with compute capability 9.0
-LIST_ROWS = tuning.TILES[0].rows  # rows of A that share a list of K blocks
-LIST_BLOCK = 64  # positions along K of one entry of a list
 
 
 class KBlocks(NamedTuple):
-    """Which blocks of 64 positions along K each 512 rows of A multiply; the others are skipped.
+    """Which blocks of 64 positions along K each 256 rows of A multiply; the others are skipped.
 
     Attributes:
-      blocks: [ceil(M/512), ceil(K/64)], block numbers; the first `counts` of a row are read.
-      counts: [ceil(M/512)], how many.
+      blocks: [ceil(M/256), ceil(K/64)], block numbers; the first `counts` of a row are read.
+      counts: [ceil(M/256)], how many.
     """
 
     blocks: Int[Array, "tiles blocks"]
     counts: Int[Array, "tiles"]
 
 
-def reason_against(a: Compressed24, b: Float[Array, "K N"], **_) -> str | None:
+def reason_against(a: Compressed24, b: Float[Array, "K N"]) -> str | None:
     """Why this implementation cannot take the product here; None where it can."""
-    return (
-        device.hopper_reason()
-        or cuda_library.reason_against()
-        or reason_against_operands(a.dtype, a.grouping, *b.shape)
-    )
-
-
-def reason_against_operands(dtype, grouping: TokenGrouping, k: int, n: int) -> str | None:
-    """What the kernel cannot take, wherever it runs."""
-    if dtype != jnp.bfloat16:
-        return f"the operands are {dtype}; cast them to bfloat16"
-    if grouping.kind == "random":
+    reason = device.hopper_reason() or cuda_library.reason_against()
+    if reason is not None:
+        return reason
+    if a.dtype != jnp.bfloat16:
+        return f"the operands are {a.dtype}; cast them to bfloat16"
+    if a.grouping.kind == "random":
         return "it has no random groups of tokens; use strided or adjacent ones"
+    k, n = b.shape
     if k == 0 or n == 0:
         return f"K={k}, N={n} is an empty product"
     # The copy engine takes rows whose length in bytes is a multiple of 16.
@@ -110,8 +102,8 @@ def launch(
     """
     no_array = jnp.zeros((0,), jnp.int32)
     tile = tuning.TILES[schedule.tile]
-    # Half a cluster's tile of float32 and two flags for each multiprocessor.
-    per_block = tile.rows // 2 * tile.columns * 4 + 2 * 4
+    # A block's part of a tile in float32, and two flags, for each multiprocessor.
+    per_block = tile.rows // tile.blocks * tile.columns * 4 + 2 * 4
     workspace = MULTIPROCESSORS * per_block if schedule.stream_k else 0
     out, _ = cuda_library.call(
         "s24jax_matmul24",

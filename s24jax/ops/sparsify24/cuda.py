@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from s24jax import cuda_library, device
-from s24jax.compressed import BLOCK, Compressed24
+from s24jax.compressed import Compressed24, metadata_shape
 from s24jax.typing import Array, Float, Int
 
 
@@ -21,12 +21,11 @@ def reason_against(y1: Float[Array, "T F"]) -> str | None:
 def sparsify24(y1: Float[Array, "T F"]) -> tuple[Compressed24, Int[Array, "F"]]:
     """See `s24jax.ops.sparsify24.api`."""
     tokens, features = y1.shape
-    blocks = (-(-tokens // BLOCK), -(-features // BLOCK), 128)
     values, metadata, counts_F = cuda_library.call(
         "s24jax_sparsify24",
         [
             jax.ShapeDtypeStruct((tokens, features // 2), y1.dtype),
-            jax.ShapeDtypeStruct(blocks, jnp.uint32),
+            jax.ShapeDtypeStruct(metadata_shape(tokens, features), jnp.uint32),
             jax.ShapeDtypeStruct((features,), jnp.int32),
         ],
         y1,

@@ -1,6 +1,5 @@
 """split_matmul24 in one launch of matmul24's kernel: dense rows are tiles among the others."""
 
-from s24jax import cuda_library, device
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops.feature_wise24.operand import SplitOperand
 from s24jax.ops.matmul24 import cuda, tuning
@@ -9,11 +8,7 @@ from s24jax.typing import Array, Float
 
 def reason_against(a: SplitOperand, b: Float[Array, "T N"], split: FeatureSplit) -> str | None:
     """Why this implementation cannot take the product here; None where it can."""
-    return (
-        device.hopper_reason()
-        or cuda_library.reason_against()
-        or cuda.reason_against_operands(a.sparse.dtype, a.sparse.grouping, *b.shape)
-    )
+    return cuda.reason_against(a.sparse, b)
 
 
 def split_matmul24(
