@@ -107,6 +107,16 @@ __device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMa
       : "memory");
 }
 
+__device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMap* map,
+                                                   uint32_t barrier, uint16_t mask, int x, int y,
+                                                   int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(to),
+      "l"(map), "r"(barrier), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+
 // ------------------------------------------------------------------------------------------- wgmma
 
 template <int REGISTERS>

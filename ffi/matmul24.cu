@@ -9,9 +9,6 @@
 // Dense rows. A dense row is the sum of two 2:4 rows: one keeps members 0 and 1 of every group, the
 // other members 2 and 3. So the dense features of a weight gradient are tiles like the others,
 // twice as long, whose metadata is a constant.
-#include <array>
-#include <atomic>
-
 #include "error.cuh"
 #include "hopper.cuh"
 #include "matmul24_schedule.cuh"
@@ -70,11 +67,11 @@ __device__ int first_metadata(const Arguments& arg, int row) {
 template <typename T>
 __device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<T> schedule,
                         int rank) {
-  constexpr uint16_t kAll = (1 << T::CLUSTER) - 1;
+  constexpr uint16_t kAll = (1 << kCluster) - 1;
   Cursor<T> at;
   Piece piece;
   while (schedule.next(piece)) {
-    const int row = (piece.row_tile * T::CLUSTER + rank) * T::BLOCK_ROWS;
+    const int row = (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS;
     const int column = piece.column_tile * T::COLUMNS;
     const CUtensorMap* a = piece.dense ? &arg.a_dense : &arg.a;
     const int row_group = first_metadata<T>(arg, row);
@@ -88,12 +85,17 @@ __device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<
         copy_box(shared.metadata(at.stage), &arg.metadata, full, 0, k_block, row_group);
       }
       copy_box(shared.a(at.stage), a, full, k_block * (kBlock / 2), row, piece.dense ? i & 1 : 0);
-      // Each block copies some chunks of B, for all. Boxes of less than 64 rows are slower.
-#pragma unroll 1
-      for (int chunk = rank; chunk < piece.chunks; chunk += T::CLUSTER) {
-        const uint32_t to = shared.b(at.stage) + chunk * kBlock * kChunk * 2;
-        const int x = column + chunk * kChunk, z = k_block * (kBlock / 4);
-        copy_box_multicast(to, &arg.b, full, kAll, x, 0, z);
+      // One box, where the columns are there: several small ones keep the copy engine busy longer
+      // than their bytes (1.2 times the time of the product, for the tile of 256 columns).
+      const uint32_t to = shared.b(at.stage) + rank * T::B_BYTES / kCluster;
+      const int z = (k_block * kBlock + rank * kStep) / 4;
+      if (column + T::COLUMNS <= arg.n) {
+        copy_box_multicast(to, &arg.b, full, kAll, 0, 0, z, column / kChunk);
+      } else {
+        for (int chunk = 0; chunk < piece.chunks; chunk++) {
+          copy_box_multicast(to + chunk * kStep * 128, &arg.b_chunk, full, kAll,
+                             column + chunk * kChunk, 0, z);
+        }
       }
       at.advance();
     }
@@ -110,7 +112,8 @@ template <typename T, int COLUMNS, int STEP>
 __device__ void multiply_step(Accumulator<T, COLUMNS>& sums,
                               const uint32_t (&metadata)[T::ROW_BLOCKS], uint32_t a, uint32_t b) {
   wgmma_fence();
-  const uint64_t b_step = descriptor(b + STEP * 32 * 128, kBlock * 128, 1024, kSwizzle128);
+  const uint64_t b_step =
+      descriptor(b + STEP * T::B_BYTES / kCluster, kStep * 128, 1024, kSwizzle128);
 #pragma unroll
   for (int block = 0; block < T::ROW_BLOCKS; block++) {
     const uint64_t a_step = descriptor(a + block * 64 * kBlock + STEP * 32, 16, 512, kSwizzle64);
@@ -150,7 +153,7 @@ __device__ void multiply(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
     const uint32_t a = shared.a(at.stage) + a_offset, b = shared.b(at.stage);
     multiply_step<T, COLUMNS, 0>(sums, metadata[now], a, b);
     wgmma_wait<1>();
-    if (before && thread < T::CLUSTER) barrier_arrive_at(before, thread);
+    if (before && thread < kCluster) barrier_arrive_at(before, thread);
     before = shared.empty(at.stage);
     at.advance();
     if (i + 1 < piece.last) make_ready(metadata[1 - now], i + 1);
@@ -161,7 +164,7 @@ __device__ void multiply(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
     if (i + 1 < piece.last) stage(1, i + 1);
   }
   wgmma_wait<0>();
-  if (thread < T::CLUSTER) barrier_arrive_at(before, thread);
+  if (thread < kCluster) barrier_arrive_at(before, thread);
 }
 
 // ------------------------------------------------------------------------------- parts of a tile
@@ -295,7 +298,7 @@ __device__ void work_on(const Piece& piece, const Arguments& arg, const Shared<T
   constexpr int COLUMNS = CHUNKS * kChunk;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
   const int first_row =
-      (piece.row_tile * T::CLUSTER + rank) * T::BLOCK_ROWS + warpgroup * T::ROW_BLOCKS * 64;
+      (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS + warpgroup * T::ROW_BLOCKS * 64;
   Accumulator<T, COLUMNS> sums;
 #pragma unroll
   for (int i = 0; i < T::ROW_BLOCKS * COLUMNS / 2; i++)
@@ -304,11 +307,11 @@ __device__ void work_on(const Piece& piece, const Arguments& arg, const Shared<T
     multiply<T, COLUMNS>(sums, arg, shared, at, piece, first_row, warpgroup, thread);
   }
   if (!piece.finishes()) {
-    leave_partial<T, COLUMNS>(sums, arg, cluster * T::CLUSTER + rank, warpgroup, thread);
+    leave_partial<T, COLUMNS>(sums, arg, cluster * kCluster + rank, warpgroup, thread);
     return;
   }
   for (int helper = 1; helper <= piece.helpers; helper++) {
-    add_partial<T, COLUMNS>(sums, arg, (cluster - helper) * T::CLUSTER + rank, warpgroup, thread);
+    add_partial<T, COLUMNS>(sums, arg, (cluster - helper) * kCluster + rank, warpgroup, thread);
   }
   write_tile<T, Out, COLUMNS>(sums, arg, piece, first_row + warp * 16, lane,
                               shared.staging(warpgroup * 4 + warp));
@@ -330,11 +333,11 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<T> shared{shared_address(memory)};
   const int rank = cluster_rank();
-  const int cluster = blockIdx.x / T::CLUSTER, clusters = gridDim.x / T::CLUSTER;
+  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < T::STAGES; stage++) {
       barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), kConsumers * T::CLUSTER);
+      barrier_init(shared.empty(stage), kConsumers * kCluster);
     }
     barrier_init_fence();
     prefetch_map(&arg.a);
@@ -362,42 +365,20 @@ struct Matrices {
   ffi::Buffer<ffi::BF16> dense, b;
 };
 
-// Blocks of a grid that fills the device: not every cluster of four finds its place.
-template <typename T, typename Out>
-cudaError_t blocks_of_device(cudaLaunchConfig_t config, int& blocks) {
-  constexpr int kDevices = 64;
-  static std::array<std::atomic<int>, kDevices> found = {};
-  int device = 0, clusters = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  if (device < kDevices && (blocks = found[device])) return cudaSuccess;
-  error = cudaFuncSetAttribute(matmul24_kernel<T, Out>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               T::SHARED_BYTES);
-  if (error != cudaSuccess) return error;
-  config.gridDim = dim3(T::CLUSTER);
-  error = cudaOccupancyMaxActiveClusters(&clusters, matmul24_kernel<T, Out>, &config);
-  blocks = clusters * T::CLUSTER;
-  if (device < kDevices) found[device] = blocks;
-  return error;
-}
-
 template <typename T, typename Out>
 ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool strided,
                   bool stream_k, uint8_t* workspace, size_t workspace_bytes) {
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = T::CLUSTER;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = T::SHARED_BYTES;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int blocks;
-  cudaError_t error = blocks_of_device<T, Out>(config, blocks);
+  int device, blocks;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(matmul24_kernel<T, Out>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES);
+  }
   if (error != cudaSuccess) return status("matmul24", error);
-  config.gridDim = dim3(blocks);
+  blocks = blocks / kCluster * kCluster;
 
   const int64_t k = in.b.dimensions()[0], kept = k / 2, n = arg.n;
   const int64_t member = strided ? k / 4 * n : n, group = strided ? n : 4 * n;
@@ -411,11 +392,14 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
       map_tensor(&arg.metadata, in.metadata.untyped_data(), 4,
                  {kWords, metadata_columns, arg.metadata_rows}, {kWords, kWords * metadata_columns},
                  {kWords, 1, T::ROW_GROUPS}, CU_TENSOR_MAP_SWIZZLE_NONE) &&
-      map_tensor(&arg.b, in.b.untyped_data(), 2, {n, 4, k / 4}, {member, group},
-                 {kChunk, 4, kBlock / 4}, CU_TENSOR_MAP_SWIZZLE_128B);
+      map_tensor<4>(&arg.b, in.b.untyped_data(), 2,
+                    {kChunk, 4, k / 4, std::max<int64_t>(1, n / kChunk)}, {member, group, kChunk},
+                    {kChunk, 4, kStep / 4, T::CHUNKS}, CU_TENSOR_MAP_SWIZZLE_128B) &&
+      map_tensor(&arg.b_chunk, in.b.untyped_data(), 2, {n, 4, k / 4}, {member, group},
+                 {kChunk, 4, kStep / 4}, CU_TENSOR_MAP_SWIZZLE_128B);
   if (!mapped) return failed("matmul24", "cuTensorMapEncodeTiled refused an operand");
 
-  divide<T>(arg, blocks / T::CLUSTER, stream_k);
+  divide<T>(arg, blocks / kCluster, stream_k);
   if (arg.cut_work) {
     const size_t flags = blocks * kConsumers * sizeof(int);
     const size_t partials = size_t(blocks) * T::BLOCK_ROWS * T::COLUMNS * sizeof(float);
@@ -426,6 +410,17 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
     if (error != cudaSuccess) return status("matmul24", error);
   }
 
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = T::SHARED_BYTES;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
   return status("matmul24", cudaLaunchKernelEx(&config, matmul24_kernel<T, Out>, arg));
 }
 
@@ -466,11 +461,9 @@ ffi::Error matmul24(cudaStream_t stream, ffi::Buffer<ffi::BF16> values,
   arg.group = group;
   switch (tile) {
     case 0:
-      return launch_typed<Tile<1, 256, 2>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<2, 192>>(stream, arg, in, strided, stream_k, *out, workspace);
     case 1:
-      return launch_typed<Tile<1, 256, 4>>(stream, arg, in, strided, stream_k, *out, workspace);
-    case 2:
-      return launch_typed<Tile<2, 192, 2>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<1, 256>>(stream, arg, in, strided, stream_k, *out, workspace);
     default:
       return failed("matmul24", "no such tile");
   }

@@ -9,23 +9,24 @@ namespace s24jax {
 
 constexpr int kConsumers = 2;  // warpgroups that multiply; one more copies
 constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kCluster = 2;               // blocks that share B's columns
 constexpr int kChunk = 64;                // columns of B that are copied together
 constexpr int kBlock = 64;                // positions along K of one stage
+constexpr int kStep = kBlock / kCluster;  // of one product, and of B's rows that a block copies
+static_assert(kStep == 32);
 constexpr int kWords = 128;               // of metadata, of 64 rows and one stage
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kStagingBytes = 2048;       // of them per warp, for the epilogue
 constexpr int kStaging = kConsumers * 4 * kStagingBytes;
 constexpr int kBarrierBytes = 128;
 
-// The work of one cluster at a time: CLUSTER blocks below each other that share B's columns, each
-// of ROW_BLOCKS x 64 rows a warpgroup and COLUMNS columns.
-template <int ROW_BLOCKS_, int COLUMNS_, int CLUSTER_>
+// The work of one cluster at a time: ROW_BLOCKS x 64 rows a warpgroup, COLUMNS columns.
+template <int ROW_BLOCKS_, int COLUMNS_>
 struct Tile {
   static constexpr int ROW_BLOCKS = ROW_BLOCKS_;
   static constexpr int COLUMNS = COLUMNS_;
-  static constexpr int CLUSTER = CLUSTER_;
   static constexpr int BLOCK_ROWS = 64 * ROW_BLOCKS * kConsumers;
-  static constexpr int ROWS = BLOCK_ROWS * CLUSTER;
+  static constexpr int ROWS = BLOCK_ROWS * kCluster;
   static constexpr int CHUNKS = COLUMNS / kChunk;
   // One stage in shared memory: A, B, metadata.
   static constexpr int ROW_GROUPS = BLOCK_ROWS / 64;
@@ -40,11 +41,12 @@ struct Tile {
 };
 
 struct Arguments {
-  CUtensorMap a, a_dense, metadata, b;
-  const int* rows;        // where in the result each sparse row of A goes; null: the same row
-  const int* dense_rows;  // likewise the dense rows
-  const int* k_lists;     // [row tiles, k blocks]: which k blocks a tile multiplies; null: all
-  const int* k_counts;    // [row tiles]: how many of them
+  CUtensorMap a, a_dense, metadata;
+  CUtensorMap b, b_chunk;  // a full tile's columns; those of one chunk
+  const int* rows;         // where in the result each sparse row of A goes; null: the same row
+  const int* dense_rows;   // likewise the dense rows
+  const int* k_lists;      // [row tiles, k blocks]: which k blocks a tile multiplies; null: all
+  const int* k_counts;     // [row tiles]: how many of them
   void* out;
   float* partials;    // one tile of float32 a block
   int* partial_done;  // one flag a block and warpgroup, zero at the start

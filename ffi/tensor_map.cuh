@@ -21,21 +21,25 @@ inline PFN_cuTensorMapEncodeTiled_v12000 encode_tiled() {
   return function;
 }
 
-// A tensor of three axes, the innermost (contiguous) first, of bf16 (2 bytes) or 32-bit words (4).
-// `strides` are those of the two outer axes, in elements. Reads beyond an axis give zeros. False
-// where the driver refuses it: a stride that is no multiple of 16 bytes.
-inline bool map_tensor(CUtensorMap* map, const void* data, int element_bytes,
-                       std::array<int64_t, 3> shape, std::array<int64_t, 2> strides,
-                       std::array<int, 3> box, CUtensorMapSwizzle swizzle) {
+// A tensor of AXES axes, the innermost (contiguous) first, of bf16 (2 bytes) or 32-bit words (4).
+// `strides` are those of the outer axes, in elements. Reads beyond an axis give zeros. False where
+// the driver refuses it: a stride that is no multiple of 16 bytes.
+template <int AXES = 3>
+bool map_tensor(CUtensorMap* map, const void* data, int element_bytes,
+                std::array<int64_t, AXES> shape, std::array<int64_t, AXES - 1> strides,
+                std::array<int, AXES> box, CUtensorMapSwizzle swizzle) {
   const auto type =
       element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT32;
-  const cuuint64_t shape_[3] = {cuuint64_t(shape[0]), cuuint64_t(shape[1]), cuuint64_t(shape[2])};
-  const cuuint64_t strides_[2] = {cuuint64_t(element_bytes * strides[0]),
-                                  cuuint64_t(element_bytes * strides[1])};
-  const cuuint32_t box_[3] = {cuuint32_t(box[0]), cuuint32_t(box[1]), cuuint32_t(box[2])};
-  const cuuint32_t steps[3] = {1, 1, 1};
+  cuuint64_t shape_[AXES], strides_[AXES - 1];
+  cuuint32_t box_[AXES], steps[AXES];
+  for (int i = 0; i < AXES; i++) {
+    shape_[i] = shape[i];
+    box_[i] = box[i];
+    steps[i] = 1;
+    if (i > 0) strides_[i - 1] = element_bytes * strides[i - 1];
+  }
   return encode_tiled() &&
-         encode_tiled()(map, type, 3, const_cast<void*>(data), shape_, strides_, box_, steps,
+         encode_tiled()(map, type, AXES, const_cast<void*>(data), shape_, strides_, box_, steps,
                         CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                         CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }

@@ -17,7 +17,7 @@ from s24jax.compressed import BLOCK, Compressed24
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops.feature_wise24 import SplitOperand, feature_wise24
 from s24jax.ops.matmul24 import cuda
-from s24jax.ops.matmul24.tuning import Schedule
+from s24jax.ops.matmul24.tuning import TILES, Schedule
 from s24jax.ops.sparsify24 import sparsify24, triton
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
@@ -135,13 +135,13 @@ def launches() -> dict[str, Launch]:
                 ),
                 (a, b),
             )
-            for tile in (0, 1)
+            for tile in range(len(TILES))
         },
         **{
             f"matmul24 tile {tile} stream-K": Launch(
                 functools.partial(cuda.matmul24, schedule=Schedule(tile, 4, True)), (long_a, long_b)
             )
-            for tile in (0, 1)
+            for tile in range(len(TILES))
         },
         "matmul24 lists": Launch(
             lambda a, b, lists: cuda.matmul24(a, b, k_blocks=lists),

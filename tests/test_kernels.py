@@ -25,7 +25,7 @@ from s24jax import (
     nvcc,
     triton_bridge,
 )
-from s24jax.errors import Unsupported
+from s24jax.errors import InvalidInput, Unsupported
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import SplitOperand
@@ -395,6 +395,19 @@ def test_calls_are_what_handlers_decode(op, handlers):
 def test_so_are_all_calls_of_matmul24(how, handlers):
     args, _ = arguments("matmul24")
     assert refused(matmul24_cuda.matmul24, *args, **how) == "0"
+
+
+@pytest.mark.parametrize("blocks, counts", [((2, 3), 1), ((1, 2), 1), ((1, 3), 2)])
+def test_lists_of_k_blocks_fit_the_operands(blocks, counts):
+    args, _ = arguments("matmul24")
+    lists = matmul24_cuda.KBlocks(jnp.zeros(blocks, jnp.int32), jnp.zeros(counts, jnp.int32))
+    m, k = args[0].values.shape[0], args[1].shape[0]
+    with pytest.raises(InvalidInput) as error:
+        matmul24_cuda.matmul24(*args, k_blocks=lists)
+    assert str(error.value) == (
+        f"matmul24: k_blocks has shapes {blocks} and ({counts},), M={m} and K={k} need (1, 3) "
+        "and (1,)"
+    )
 
 
 @needs_nvcc

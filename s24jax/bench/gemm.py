@@ -12,7 +12,6 @@ Implementations:
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +23,16 @@ from s24jax.bench.products import (
     WEIGHT_GRADIENTS,
     Problem,
     SplitProblem,
+    contender,
     make_problem,
     make_sparse_part,
     make_split_problem,
-    relative_error,
 )
 from s24jax.bench.rows import DENSE, Row, make_rows
 from s24jax.bench.shapes import Shape, Size
 from s24jax.bench.timing import Contender, Result, measure
 from s24jax.ops import matmul24 as op
 from s24jax.ops.split_matmul24 import split_matmul24
-from s24jax.typing import Array
 
 __all__ = ["IMPLEMENTATIONS", "PRODUCTS", "bench"]
 
@@ -81,23 +79,18 @@ def _split_makers(operands: Operands, product: str) -> dict[str, Callable[[], Co
 
 def _ours(problem: Problem, implementation: str) -> Contender:
     call = jax.jit(partial(op.matmul24, implementation=implementation))
-    return _contender(call, problem.a, problem.b, oracle=problem.oracle)
+    return contender(call, problem.a, problem.b, oracle=problem.oracle)
 
 
 def _xla_dense(problem: Problem) -> Contender:
     transposed = problem.a.axis == 0
     call = jax.jit(lambda a, b: jnp.dot(a.T if transposed else a, b))
-    return _contender(call, problem.a_dense, problem.b, oracle=problem.oracle)
+    return contender(call, problem.a_dense, problem.b, oracle=problem.oracle)
 
 
 def _split(problem: SplitProblem) -> Contender:
     call = jax.jit(partial(split_matmul24, implementation="cuda"))
-    return _contender(call, problem.a, problem.b, problem.split, oracle=problem.oracle)
-
-
-def _contender(call: Callable, *arguments: Any, oracle: Array) -> Contender:
-    """Of a jax function; the arguments are no constants of the compiled program."""
-    return Contender(partial(call, *arguments), lambda out: float(relative_error(out, oracle)))
+    return contender(call, problem.a, problem.b, problem.split, oracle=problem.oracle)
 
 
 def _with_dense_slice(results: dict[str, Result]) -> dict[str, Result]:

@@ -9,8 +9,9 @@ In the weight gradients all features are 2:4 here, so that every contender has t
 The FFN itself keeps its densest features dense: that product is `make_split_problem`'s.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from jax import lax
 
 from s24jax.bench.operands import STRIDED, Operands
 from s24jax.bench.shapes import Size
+from s24jax.bench.timing import Contender
 from s24jax.compressed import Compressed24, compress24
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops.feature_wise24 import SplitOperand, feature_wise24
@@ -105,6 +107,11 @@ def _oracle(a_dense: Array, b: Array, *, axis: int) -> Float[Array, "M N"]:
     dimension_numbers = (((axis,), (0,)), ((), ()))
     a_dense, b = a_dense.astype(jnp.float32), b.astype(jnp.float32)
     return lax.dot_general(a_dense, b, dimension_numbers, precision=lax.Precision.HIGHEST)
+
+
+def contender(call: Callable, *arguments: Any, oracle: Array) -> Contender:
+    """Of a jax function; the arguments are no constants of the compiled program."""
+    return Contender(partial(call, *arguments), lambda out: float(relative_error(out, oracle)))
 
 
 @jax.jit

@@ -10,10 +10,10 @@ from s24jax import device
 from s24jax.bench.operands import make_operands, make_split
 from s24jax.bench.products import (
     Problem,
+    contender,
     make_problem,
     make_sparse_part,
     make_split_problem,
-    relative_error,
 )
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, measure
@@ -37,13 +37,12 @@ def tune(shapes: Sequence[Shape], rounds: int) -> Iterator[str]:
     for shape in shapes:
         for name, problem in _problems(shape):
             size, strided = problem.size, problem.a.axis == 0
-            makers = {
-                schedule: partial(_contender, problem, schedule) for schedule in tuning.VARIANTS
-            }
+            makers = {schedule: partial(_ours, problem, schedule) for schedule in tuning.VARIANTS}
             results = measure(makers, rounds)
+            for schedule, result in results.items():
+                time = f"{1e3 * result.seconds:.3f} ms" if result.seconds else result.note
+                _LOG.info("%s: %s, %s", name, schedule, time)
             times = {key: r.seconds for key, r in results.items() if r.seconds}
-            for schedule in [key for key in results if key not in times]:
-                _LOG.info("%s: %s (%s)", name, schedule, results[schedule].note)
             if not times:
                 reason = next(iter(results.values())).note
                 raise Unsupported(f"tune: no schedule runs {name} of {shape} ({reason})")
@@ -62,6 +61,6 @@ def _problems(shape: Shape) -> Iterator[tuple[str, Problem]]:
     yield "dw_down's sparse part", make_sparse_part(make_split_problem(operands, "dw_down", split))
 
 
-def _contender(problem: Problem, schedule: tuning.Schedule) -> Contender:
-    call = partial(jax.jit(partial(cuda.matmul24, schedule=schedule)), problem.a, problem.b)
-    return Contender(call, lambda out: float(relative_error(out, problem.oracle)))
+def _ours(problem: Problem, schedule: tuning.Schedule) -> Contender:
+    call = jax.jit(partial(cuda.matmul24, schedule=schedule))
+    return contender(call, problem.a, problem.b, oracle=problem.oracle)

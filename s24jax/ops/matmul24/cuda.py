@@ -7,18 +7,21 @@ import jax.numpy as jnp
 
 from s24jax import cuda_library, device
 from s24jax.compressed import Compressed24
+from s24jax.errors import InvalidInput
 from s24jax.ops.matmul24 import tuning
 from s24jax.typing import Array, Float, Int
 
 MULTIPROCESSORS = 144  # at most, of any GPU with compute capability 9.0
+LIST_TILE = 0  # the tile whose rows share a list of K blocks
+LIST_ROWS, LIST_BLOCK = tuning.TILES[LIST_TILE].rows, 64
 
 
 class KBlocks(NamedTuple):
-    """Which blocks of 64 positions along K each 256 rows of A multiply; the others are skipped.
+    """Which blocks of 64 positions along K each 512 rows of A multiply; the others are skipped.
 
     Attributes:
-      blocks: [ceil(M/256), ceil(K/64)], block numbers; the first `counts` of a row are read.
-      counts: [ceil(M/256)], how many.
+      blocks: [ceil(M/512), ceil(K/64)], block numbers; the first `counts` of a row are read.
+      counts: [ceil(M/512)], how many.
     """
 
     blocks: Int[Array, "tiles blocks"]
@@ -57,6 +60,9 @@ def matmul24(
       schedule: instead of the tuned one.
       out_dtype: bfloat16 (None) or float32, which is the sum itself.
       k_blocks: skip all other blocks along K, as if A were zero there.
+
+    Raises:
+      InvalidInput: `k_blocks` has the wrong shapes.
     """
     m = a.values.shape[0]
     if m == 0:
@@ -65,7 +71,8 @@ def matmul24(
     if schedule is None:
         schedule = tuning.schedule_for(m, b.shape[1], b.shape[0], strided)
     if k_blocks is not None:
-        schedule = tuning.Schedule(tile=0, group=schedule.group, stream_k=False)
+        _check_k_blocks(k_blocks, m, b.shape[0])
+        schedule = tuning.Schedule(LIST_TILE, schedule.group, stream_k=False)
     return launch(
         a.values,
         a.metadata,
@@ -76,6 +83,15 @@ def matmul24(
         out_dtype=out_dtype,
         k_blocks=k_blocks,
     )
+
+
+def _check_k_blocks(k_blocks: KBlocks, m: int, k: int) -> None:
+    tiles, blocks = -(-m // LIST_ROWS), -(-k // LIST_BLOCK)
+    if k_blocks.blocks.shape != (tiles, blocks) or k_blocks.counts.shape != (tiles,):
+        raise InvalidInput(
+            f"matmul24: k_blocks has shapes {k_blocks.blocks.shape} and {k_blocks.counts.shape}, "
+            f"M={m} and K={k} need {(tiles, blocks)} and {(tiles,)}"
+        )
 
 
 def launch(
@@ -102,8 +118,8 @@ def launch(
     """
     no_array = jnp.zeros((0,), jnp.int32)
     tile = tuning.TILES[schedule.tile]
-    # A block's part of a tile in float32, and two flags, for each multiprocessor.
-    per_block = tile.rows // tile.blocks * tile.columns * 4 + 2 * 4
+    # Half a cluster's tile in float32, and two flags, for each multiprocessor.
+    per_block = tile.rows // 2 * tile.columns * 4 + 2 * 4
     workspace = MULTIPROCESSORS * per_block if schedule.stream_k else 0
     out, _ = cuda_library.call(
         "s24jax_matmul24",
