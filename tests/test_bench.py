@@ -652,6 +652,10 @@ def test_table(rows):
         *(f"150 ({by_hand * 8:.3f})", "[1]", "", "1.50", "89%", "1.7e-03"),
     ]
     assert cells[3][10] == f"1,100 ({by_hand * 1200 / 1100:.3f})"
+    assert lines[-3] == (
+        "Geometric means (of how many): cuda : xla_dense 1.600 (16), cuda : cublas 1.500 (16), "
+        "cuda : reference 8.000 (16), cuda : cuda_split 1.091 (8)"
+    )
     assert lines[-1] == "[1] torch is not installed; pip install torch"
 
 

@@ -56,6 +56,11 @@ def test_the_tuned_one_where_there_is_one(table):
     assert tuning.schedule_for(64, 128, 32, False) == C
 
 
+def test_a_product_without_rows_has_a_schedule(table):
+    tuning.save({(64, 32, 128, False): A})
+    assert tuning.schedule_for(0, 32, 128, False) == A
+
+
 def test_a_table_that_is_saved_counts_at_once(table):
     tuning.save({(64, 32, 128, False): A})
     assert tuning.schedule_for(64, 32, 128, False) == A

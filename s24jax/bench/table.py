@@ -4,7 +4,8 @@ A cell is the rate and the time of one call. Where there is none, and where ther
 number leads to the notes below the table.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterable, Sequence
 
 from s24jax.bench.rates import RATES, share_of_ceiling
 from s24jax.bench.rows import ENVIRONMENT, Row
@@ -55,7 +56,24 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
         cells += [_number(mine.get(ratio), form) for ratio, (_, form) in ratios.items()]
         body.append(cells)
     found = [f"{bench}: {unit} (ms)", "", *_aligned(header, body)]
+    if bench == "gemm":
+        found += _means(lines.values())
     return found + [line for note, i in notes.items() for line in ("", f"[{i}] {note}")]
+
+
+def _means(lines: Iterable[dict[str, Row]]) -> list[str]:
+    """How much faster ours is than each contender: geometric means over the lines of a table."""
+    ratios: dict[str, list[float]] = {}
+    for found in lines:
+        ours = found.get(OURS, {}).get("ms")
+        for name, row in found.items():
+            if name != OURS and ours and row["ms"]:
+                ratios.setdefault(name, []).append(row["ms"] / ours)
+    means = [
+        f"{OURS} : {name} {statistics.geometric_mean(found):.3f} ({len(found)})"
+        for name, found in ratios.items()
+    ]
+    return ["", f"Geometric means (of how many): {', '.join(means)}"] if means else []
 
 
 def _cell(row: Row | None, key: str, notes: dict[str, int]) -> str:

@@ -32,12 +32,12 @@ class Schedule(NamedTuple):
       stream_k: cut the last tiles along K, so that no multiprocessor idles in the last wave.
     """
 
-    tile: int = 0
-    group: int = 8
-    stream_k: bool = True
+    tile: int
+    group: int
+    stream_k: bool
 
 
-DEFAULT = Schedule()
+DEFAULT = Schedule(tile=1, group=8, stream_k=True)
 VARIANTS = tuple(
     Schedule(tile, group, stream_k)
     for tile in range(len(TILES))
@@ -74,7 +74,8 @@ def schedule_for(m: int, n: int, k: int, strided: bool) -> Schedule:
         return DEFAULT
 
     def distance(key: Key) -> float:
-        sizes = sum(abs(math.log(a / b)) for a, b in zip(key[:3], (m, n, k), strict=True))
+        pairs = zip(key[:3], (m, n, k), strict=True)
+        sizes = sum(abs(math.log(a / max(b, 1))) for a, b in pairs)
         return sizes + (key[3] != strided)
 
     return table[min(table, key=distance)]
