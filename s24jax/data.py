@@ -133,62 +133,6 @@ class Dataset:
     description: dict[str, Any]
 
 
-def train_iterator(
-    config: Any,
-    *,
-    sequence_length: int,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator:
-    """Batches without end: int32 numpy arrays [batch_size, sequence_length + 1].
-
-    Each epoch has its own global shuffle, a function of seed and epoch. The shuffled records are
-    dealt out to the processes in turn: together they read each record once per epoch, and of a
-    local corpus the global batch does not depend on process_count (batch_size is per process).
-    `get_state()` is JSON-able and `set_state()` goes on exactly there.
-
-    Raises:
-        InvalidInput, BrokenEnvironment: as `prepare`; batch_size, seed or process_index is wrong.
-    """
-    _require_positive(batch_size=batch_size, process_count=process_count)
-    if not 0 <= process_index < process_count:
-        raise InvalidInput(
-            f"process_index {process_index} is not below process_count {process_count}"
-        )
-    if seed < 0:
-        raise InvalidInput(f"seed {seed} must not be negative")
-    train = prepare(config, sequence_length=sequence_length).train
-    # Through .seed, which hashes: shuffle(seed=s) has the epochs of shuffle(seed=s + 1), one later.
-    order = grain.MapDataset.range(len(train)).seed(seed).shuffle().repeat()
-    return iter(train.batches(order[process_index::process_count], batch_size))
-
-
-def validation_batches(
-    config: Any, *, sequence_length: int, batch_size: int, num_batches: int
-) -> list[np.ndarray]:
-    """Up to num_batches int32 arrays [batch_size, sequence_length + 1], always the same.
-
-    A fixed shuffle spreads them over the validation split; no window occurs twice.
-
-    Raises:
-        InvalidInput: the split holds less than one batch; and as `prepare`.
-    """
-    _require_positive(batch_size=batch_size, num_batches=num_batches)
-    dataset = prepare(config, sequence_length=sequence_length)
-    order = grain.MapDataset.range(len(dataset.validation)).seed(0).shuffle()
-    batches = dataset.validation.batches(order, batch_size)
-    batches = list(itertools.islice(batches, num_batches))
-    if not batches:
-        raise InvalidInput(
-            f"{dataset.description['source']}: the validation split holds fewer windows of "
-            f"sequence_length {sequence_length} than one batch, batch_size {batch_size}: lower one "
-            "of them or raise validation_share"
-        )
-    return batches
-
-
 def prepare(config: Any, *, sequence_length: int) -> Dataset:
     """Finds the dataset of `config` on disk; packs local files first where that was not yet done.
 
@@ -207,6 +151,59 @@ def prepare(config: Any, *, sequence_length: int) -> Dataset:
     if config.source.startswith("tfds:"):
         return _catalogue_dataset(config, sequence_length, data_dir)
     return _local_dataset(config, sequence_length, data_dir)
+
+
+def train_iterator(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Batches without end: int32 numpy arrays [batch_size, sequence_length + 1].
+
+    Each epoch has its own global shuffle, a function of seed and epoch. The shuffled records are
+    dealt out to the processes in turn: together they read each record once per epoch, and of a
+    local corpus the global batch does not depend on process_count (batch_size is per process).
+    `get_state()` is JSON-able and `set_state()` goes on exactly there.
+
+    Raises:
+        InvalidInput: batch_size, seed or process_index is wrong.
+    """
+    _require_positive(batch_size=batch_size, process_count=process_count)
+    if not 0 <= process_index < process_count:
+        raise InvalidInput(
+            f"process_index {process_index} is not below process_count {process_count}"
+        )
+    if seed < 0:
+        raise InvalidInput(f"seed {seed} must not be negative")
+    train = dataset.train
+    # Through .seed, which hashes: shuffle(seed=s) has the epochs of shuffle(seed=s + 1), one later.
+    order = grain.MapDataset.range(len(train)).seed(seed).shuffle().repeat()
+    return iter(train.batches(order[process_index::process_count], batch_size))
+
+
+def validation_batches(dataset: Dataset, *, batch_size: int, num_batches: int) -> list[np.ndarray]:
+    """Up to num_batches int32 arrays [batch_size, sequence_length + 1], always the same.
+
+    A fixed shuffle spreads them over the validation split; no window occurs twice.
+
+    Raises:
+        InvalidInput: the split holds less than one batch; batch_size or num_batches is wrong.
+    """
+    _require_positive(batch_size=batch_size, num_batches=num_batches)
+    order = grain.MapDataset.range(len(dataset.validation)).seed(0).shuffle()
+    batches = dataset.validation.batches(order, batch_size)
+    batches = list(itertools.islice(batches, num_batches))
+    if not batches:
+        sequence_length = dataset.description["sequence_length"]
+        raise InvalidInput(
+            f"{dataset.description['source']}: the validation split holds fewer windows of "
+            f"sequence_length {sequence_length} than one batch, batch_size {batch_size}: lower one "
+            "of them or raise validation_share"
+        )
+    return batches
 
 
 def _local_dataset(config: Any, sequence_length: int, data_dir: Path) -> Dataset:

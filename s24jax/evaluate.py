@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from s24jax.checkpoint import Checkpoints
-from s24jax.data import validation_batches
+from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
 from s24jax.schedules import ffn_mode
 from s24jax.train_step import Program, make_program
@@ -63,8 +63,7 @@ def evaluate(workdir, *, mode: FFNMode | None = None, step: int | None = None) -
     config, program, state, own_mode = restore_run(workdir, step=step)
     mode = choose_mode(mode, own_mode, config)
     batches = validation_batches(
-        config.data,
-        sequence_length=config.sequence_length,
+        prepare(config.data, sequence_length=config.sequence_length),
         batch_size=config.batch_size,
         num_batches=config.validation_batches,
     )

@@ -48,10 +48,9 @@ def train(config, workdir) -> dict | None:
         return read_json(workdir / "summary.json")
     program = make_program(config)
     trace(program, config)
-    sizes = {"sequence_length": config.sequence_length, "batch_size": config.batch_size}
-    iterator = data.train_iterator(config.data, seed=config.seed, **sizes)
+    iterator = data.train_iterator(corpus, batch_size=config.batch_size, seed=config.seed)
     validation = data.validation_batches(
-        config.data, num_batches=config.validation_batches, **sizes
+        corpus, batch_size=config.batch_size, num_batches=config.validation_batches
     )
     # All that can be wrong with the configuration is known by now.
     claim(workdir, config, corpus.description)

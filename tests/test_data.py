@@ -106,9 +106,14 @@ def rows(batches) -> list[bytes]:
     return [row.astype(np.uint8).tobytes() for batch in batches for row in batch]
 
 
-def iterate(config, **changes) -> grain.DatasetIterator:
-    arguments = dict(sequence_length=L, batch_size=4, seed=0) | changes
-    return data.train_iterator(config, **arguments)
+def iterate(config, *, sequence_length: int = L, **changes) -> grain.DatasetIterator:
+    dataset = data.prepare(config, sequence_length=sequence_length)
+    return data.train_iterator(dataset, **(dict(batch_size=4, seed=0) | changes))
+
+
+def validation(config, *, sequence_length: int = L, **arguments) -> list[np.ndarray]:
+    dataset = data.prepare(config, sequence_length=sequence_length)
+    return data.validation_batches(dataset, **arguments)
 
 
 def take(iterator, count: int) -> list[np.ndarray]:
@@ -235,7 +240,7 @@ def test_stdlib_is_the_library_without_its_tests(tmp_path):
     parts = set().union(*(Path(path).parts for path in paths))
     assert not parts & {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     config = make_config("stdlib", tmp_path, pattern="json/*.py")
-    (batch,) = data.validation_batches(config, sequence_length=64, batch_size=2, num_batches=1)
+    (batch,) = validation(config, sequence_length=64, batch_size=2, num_batches=1)
     folder = Path(json.__file__).parent
     text = b"\0".join(path.read_bytes() for path in folder.glob("*.py"))
     assert rows([batch])[0].split(b"\0")[0] in text
@@ -454,10 +459,12 @@ def test_too_little_text(corpus, tmp_path):
 
 def test_wrong_numbers(config):
     check_error(InvalidInput, ["sequence_length 0"], config, 0)
-    for share in (0, 1, -0.1, 1.5):
-        config.unlock()
-        config.validation_share = float(share)
-        check_error(InvalidInput, [f"validation_share {float(share)}"], config)
+    right = config.validation_share
+    config.unlock()
+    for share in (0.0, 1.0, -0.1, 1.5):
+        config.validation_share = share
+        check_error(InvalidInput, [f"validation_share {share}"], config)
+    config.validation_share = right
     for changes, words in [
         (dict(batch_size=0), "batch_size 0"),
         (dict(seed=-1), "seed -1"),
@@ -468,8 +475,7 @@ def test_wrong_numbers(config):
         with pytest.raises(InvalidInput, match=words):
             iterate(config, **changes)
     with pytest.raises(InvalidInput, match="num_batches 0"):
-        data.validation_batches(config, sequence_length=L, batch_size=1, num_batches=0)
-    assert not Path(config.data_dir).exists()
+        validation(config, batch_size=1, num_batches=0)
 
 
 def test_data_dir_that_cannot_be_written(corpus, tmp_path):
@@ -553,9 +559,7 @@ def test_local_iterator_resumes_exactly(shared_config, before, after, batch_size
 
 def test_validation_is_always_the_same(shared_config):
     def batches(batch_size, num_batches):
-        return data.validation_batches(
-            shared_config, sequence_length=L, batch_size=batch_size, num_batches=num_batches
-        )
+        return validation(shared_config, batch_size=batch_size, num_batches=num_batches)
 
     windows = read_windows(shared_config, "validation")
     some = batches(4, 5)
@@ -743,10 +747,10 @@ def test_catalogue_iterator_resumes_exactly(
 def test_catalogue_validation_split(catalogue, source):
     config = make_config(f"tfds:{source}", catalogue)
     arguments = dict(sequence_length=100, batch_size=2)
-    batches = data.validation_batches(config, num_batches=99, **arguments)
+    batches = validation(config, num_batches=99, **arguments)
     assert texts_within(batches) <= set(HELD_OUT)
     assert len(rows(batches)) == (sum(len(t) + 1 for t in HELD_OUT) - 1) // 100 // 2 * 2
-    again = data.validation_batches(config, num_batches=2, **arguments)
+    again = validation(config, num_batches=2, **arguments)
     np.testing.assert_array_equal(again, batches[:2])
 
 
@@ -754,8 +758,7 @@ def test_catalogue_without_validation_split_holds_out_documents(catalogue, unshu
     config = make_config("tfds:trainonly", catalogue)
     dataset = data.prepare(config, sequence_length=L)
     assert dataset.description["documents"] == {"train": 45, "validation": 15}
-    arguments = dict(sequence_length=L, batch_size=1, num_batches=9999)
-    held_out = rebuild_texts(data.validation_batches(config, **arguments))
+    held_out = rebuild_texts(validation(config, batch_size=1, num_batches=9999))
     trained_on = rebuild_texts(take(iterate(config, batch_size=1), 400))
     assert len(held_out) >= 13 and len(trained_on) == 45
     assert not held_out & trained_on and held_out | trained_on <= set(TRAIN)
