@@ -9,7 +9,6 @@ Implementations:
     cuda_split  a weight gradient as the FFN takes it, its densest features dense (`split_matmul24`)
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from s24jax.bench import torch_peers
-from s24jax.bench.operands import Operands, dense_features, make_operands, make_split
+from s24jax.bench.operands import Operands, dense_features, each_product, make_split
 from s24jax.bench.products import (
     PRODUCTS,
     WEIGHT_GRADIENTS,
@@ -39,24 +38,20 @@ __all__ = ["IMPLEMENTATIONS", "PRODUCTS", "bench"]
 SPLIT = "cuda_split"
 IMPLEMENTATIONS = ("cuda", "xla_dense", "cublas", "cusparselt", "reference", SPLIT)
 _SPARSE_PART = "the sparse part of cuda_split"  # timed for a note, no row
-_LOG = logging.getLogger(__name__)
 
 
 def bench(
     shapes: Sequence[Shape], products: Sequence[str], implementations: Sequence[str], rounds: int
 ) -> Iterator[list[Row]]:
     """The rows of each product at each shape, as soon as they are there."""
-    for shape in shapes:
-        operands = make_operands(shape)
-        for product in products:
-            _LOG.info("gemm: %s of %s", product, shape)
-            problem = make_problem(operands, product)
-            makers = {n: make for n, make in _makers(problem).items() if n in implementations}
-            if product in WEIGHT_GRADIENTS and SPLIT in implementations:
-                makers |= _split_makers(operands, product)
-            results = _with_dense_slice(measure(makers, rounds))
-            nbytes = {name: _bytes(problem.size, name) for name in results}
-            yield make_rows("gemm", product, shape, results, nbytes, problem.size)
+    for shape, operands, product in each_product("gemm", shapes, products):
+        problem = make_problem(operands, product)
+        makers = {n: make for n, make in _makers(problem).items() if n in implementations}
+        if product in WEIGHT_GRADIENTS and SPLIT in implementations:
+            makers |= _split_makers(operands, product)
+        results = _with_dense_slice(measure(makers, rounds))
+        nbytes = {name: _bytes(problem.size, name) for name in results}
+        yield make_rows("gemm", product, shape, results, nbytes, problem.size)
 
 
 def _makers(problem: Problem) -> dict[str, Callable[[], Contender]]:

@@ -6,6 +6,8 @@ the two kinds stand in random order. Tokens are independent, which is what strid
 are there to bring about.
 """
 
+import logging
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ DTYPE = jnp.bfloat16
 STRIDED = TokenGrouping("strided")
 # 90 % zeros: the densest share of the features, its density, and that of the others.
 DENSE_SHARE, DENSE, SPARSE = 0.05, 0.39, 0.085
+_LOG = logging.getLogger(__name__)
 
 
 class Operands(NamedTuple):
@@ -71,6 +74,17 @@ def make_operands(shape: Shape) -> Operands:
     y2, counts_F = sparsify24(pre_activation(shape), implementation="reference")
     dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
     return Operands(y2, dy1, counts_F, w_up_FD, w_down_FD, x_TD, dy3_TD)
+
+
+def each_product(
+    bench: str, shapes: Sequence[Shape], products: Sequence[str]
+) -> Iterator[tuple[Shape, Operands, str]]:
+    """Every product of a bench at every shape, announced by a line of the log."""
+    for shape in shapes:
+        operands = make_operands(shape)
+        for product in products:
+            _LOG.info("%s: %s of %s", bench, product, shape)
+            yield shape, operands, product
 
 
 def dense_features(features: int) -> int:

@@ -9,7 +9,6 @@ Products:
 The bytes counted are the fewest: each input read once, each output written once.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -24,7 +23,7 @@ from s24jax.bench.operands import (
     STRIDED,
     Operands,
     dense_features,
-    make_operands,
+    each_product,
     make_split,
     pre_activation,
 )
@@ -43,7 +42,6 @@ PRODUCTS = ("copy", "sparsify24", "feature_wise24", "split_features")
 OPS = ("cuda", "triton", "reference")
 PEERS = ("xla", "cusparselt_compress")
 IMPLEMENTATIONS = OPS + PEERS
-_LOG = logging.getLogger(__name__)
 
 Makers = dict[str, Callable[[], Contender]]
 
@@ -52,14 +50,11 @@ def bench(
     shapes: Sequence[Shape], products: Sequence[str], implementations: Sequence[str], rounds: int
 ) -> Iterator[list[Row]]:
     """The rows of each product at each shape, as soon as they are there."""
-    for shape in shapes:
-        operands = make_operands(shape)
-        for product in products:
-            _LOG.info("sparsify: %s of %s", product, shape)
-            makers = _MAKERS[product](shape, operands)
-            chosen = {name: make for name, make in makers.items() if name in implementations}
-            nbytes = dict.fromkeys(chosen, fewest_bytes(product, shape))
-            yield make_rows("sparsify", product, shape, measure(chosen, rounds), nbytes)
+    for shape, operands, product in each_product("sparsify", shapes, products):
+        makers = _MAKERS[product](shape, operands)
+        chosen = {name: make for name, make in makers.items() if name in implementations}
+        nbytes = dict.fromkeys(chosen, fewest_bytes(product, shape))
+        yield make_rows("sparsify", product, shape, measure(chosen, rounds), nbytes)
 
 
 def fewest_bytes(product: str, shape: Shape) -> int:
