@@ -49,6 +49,10 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t
                : "memory");
 }
 
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives on the barrier at the same place in block `rank` of the cluster. Without
 // `.release.cluster`: that puts a MEMBAR.GPU before each arrival (it halved the sparse product's
 // rate), and there is nothing to release where all that was done with a stage is to read it.
@@ -76,9 +80,53 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
   return words;
 }
 
+__device__ __forceinline__ void store_shared_16(uint32_t to, uint4 words) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(words.x), "r"(words.y),
+               "r"(words.z), "r"(words.w)
+               : "memory");
+}
+
+// A struct whose size is a multiple of 16 bytes.
+template <typename V>
+__device__ __forceinline__ V load_shared_as(uint32_t from) {
+  static_assert(sizeof(V) % 16 == 0);
+  union {
+    V value;
+    uint4 units[sizeof(V) / 16];
+  } copy;
+#pragma unroll
+  for (int i = 0; i < sizeof(V) / 16; i++) copy.units[i] = load_shared_16(from + 16 * i);
+  return copy.value;
+}
+
+template <typename V>
+__device__ __forceinline__ void store_shared_as(uint32_t to, const V& value) {
+  static_assert(sizeof(V) % 16 == 0);
+  union {
+    V value;
+    uint4 units[sizeof(V) / 16];
+  } copy = {value};
+#pragma unroll
+  for (int i = 0; i < sizeof(V) / 16; i++) store_shared_16(to + 16 * i, copy.units[i]);
+}
+
 // A named barrier among `threads` threads of the block.
 __device__ __forceinline__ void named_sync(int name, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(threads) : "memory");
+}
+
+// The same; whether any of the threads came with `said`.
+__device__ __forceinline__ bool named_any(int name, int threads, bool said) {
+  uint32_t any;
+  asm volatile(
+      "{\n.reg .pred said, any;\n"
+      "setp.ne.u32 said, %3, 0;\n"
+      "bar.red.or.pred any, %1, %2, said;\n"
+      "selp.u32 %0, 1, 0, any;\n}"
+      : "=r"(any)
+      : "r"(name), "r"(threads), "r"(uint32_t(said))
+      : "memory");
+  return any;
 }
 
 // ------------------------------------------------------------------------------------- copy engine
@@ -97,16 +145,6 @@ __device__ __forceinline__ void copy_box(uint32_t to, const CUtensorMap* map, ui
 }
 
 // To the same place in every block of the cluster that has its bit in `mask`.
-__device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMap* map,
-                                                   uint32_t barrier, uint16_t mask, int x, int y,
-                                                   int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(to),
-      "l"(map), "r"(barrier), "h"(mask), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-
 __device__ __forceinline__ void copy_box_multicast(uint32_t to, const CUtensorMap* map,
                                                    uint32_t barrier, uint16_t mask, int x, int y,
                                                    int z, int w) {

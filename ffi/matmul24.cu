@@ -1,10 +1,10 @@
 // matmul24: compressed A [M, K] times dense row-major B [K, N], bf16 in, float32 accumulation.
 //
-// One warpgroup copies (thread 0 of it), two multiply. The two blocks of a cluster lie below each
-// other: each multiplies its own rows of A by the same columns of B, of which each copies its share
-// to all. The grid is one block per multiprocessor; each cluster walks its own list of pieces of
-// work (matmul24_schedule.cuh). Read: produce, multiply, write_tile, work_on, and at last the
-// handler.
+// Two warpgroups multiply what three threads of a third one bring: one says which piece of work is
+// next (matmul24_schedule.cuh), one copies A, one copies B. The two blocks of a cluster lie below
+// each other: each multiplies its own rows of A by the same columns of B, of which each copies its
+// share to both. The grid is one block per multiprocessor. Read: announce, copy_a, copy_b,
+// multiply, write_tile, work_on, and at last the handler.
 //
 // Dense rows. A dense row is the sum of two 2:4 rows: one keeps members 0 and 1 of every group, the
 // other members 2 and 3. So the dense features of a weight gradient are tiles like the others,
@@ -20,24 +20,34 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Of the 65,536 registers of a multiprocessor, for each thread of a warpgroup.
+// For each thread of a warpgroup. A block starts with 168 for every thread, the multiple of 8 that
+// 65,536 registers allow; whoever asked for more than they leave would wait forever.
 constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;
+static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
+              (1 + kConsumers) * (65536 / kThreads / 8 * 8));
 constexpr uint32_t kKeepsFirstTwo = 0x44444444;  // metadata of members 0 and 1
 constexpr uint32_t kKeepsLastTwo = 0xEEEEEEEE;   // of members 2 and 3
 
-// A position in the ring of stages.
-template <typename T>
+// A position in a ring.
+template <int STAGES>
 struct Cursor {
   int stage = 0;
   uint32_t parity = 0;
 
   __device__ void advance() {
-    if (++stage == T::STAGES) {
+    if (++stage == STAGES) {
       stage = 0;
       parity ^= 1;
     }
   }
+};
+
+template <typename T>
+struct Position {
+  Cursor<T::A_STAGES> a;
+  Cursor<T::B_STAGES> b;
+  Cursor<kPieces> piece;
 };
 
 // Shared memory, by address.
@@ -45,15 +55,30 @@ template <typename T>
 struct Shared {
   uint32_t base;
 
-  __device__ uint32_t a(int stage) const { return base + stage * T::STAGE_BYTES; }
-  __device__ uint32_t b(int stage) const { return a(stage) + T::A_BYTES; }
-  __device__ uint32_t metadata(int stage) const { return b(stage) + T::B_BYTES; }
-  __device__ uint32_t staging(int warp) const { return a(T::STAGES) + warp * kStagingBytes; }
-  __device__ uint32_t full(int stage) const {
+  __device__ uint32_t a(int stage) const { return base + stage * (T::A_BYTES + T::E_BYTES); }
+  __device__ uint32_t metadata(int stage) const { return a(stage) + T::A_BYTES; }
+  __device__ uint32_t b(int stage) const { return a(T::A_STAGES) + stage * T::B_BYTES; }
+  __device__ uint32_t staging(int warp) const { return b(T::B_STAGES) + warp * kStagingBytes; }
+  // Barriers, and pieces behind them.
+  __device__ uint32_t full_a(int stage) const {
     return base + T::SHARED_BYTES - kBarrierBytes + stage * sizeof(uint64_t);
   }
-  __device__ uint32_t empty(int stage) const { return full(T::STAGES + stage); }
+  __device__ uint32_t empty_a(int stage) const { return full_a(T::A_STAGES + stage); }
+  __device__ uint32_t full_b(int stage) const { return empty_a(T::A_STAGES + stage); }
+  __device__ uint32_t empty_b(int stage) const { return full_b(T::B_STAGES + stage); }
+  __device__ uint32_t full_piece(int i) const { return empty_b(T::B_STAGES + i); }
+  __device__ uint32_t empty_piece(int i) const { return full_piece(kPieces + i); }
+  __device__ uint32_t pieces(int i) const { return empty_piece(kPieces) + i * sizeof(Piece); }
+
+  __device__ Piece piece(int i) const { return load_shared_as<Piece>(pieces(i)); }
+  __device__ void set_piece(int i, const Piece& piece) const { store_shared_as(pieces(i), piece); }
 };
+
+// Of a block's rows.
+template <typename T>
+__device__ int first_row_of(const Piece& piece, int rank) {
+  return (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS;
+}
 
 // The groups of 64 rows of metadata are copied together; at the bottom edge those before them come
 // along instead of groups that do not exist.
@@ -62,43 +87,83 @@ __device__ int first_metadata(const Arguments& arg, int row) {
   return max(0, min(row / 64, arg.metadata_rows - T::ROW_GROUPS));
 }
 
-// ---------------------------------------------------------------------------------------- producer
+// --------------------------------------------------------------------------------------- producers
+
+// Tells the other warps what to work on: finding it takes a thousand cycles.
+template <typename T>
+__device__ void announce(const Arguments& arg, const Shared<T>& shared) {
+  Schedule schedule(arg, blockIdx.x / kCluster, gridDim.x / kCluster);
+  Cursor<kPieces> at;
+  Piece piece;
+  do {
+    if (!schedule.next(piece)) piece.chunks = 0;
+    barrier_wait(shared.empty_piece(at.stage), at.parity ^ 1);
+    shared.set_piece(at.stage, piece);
+    barrier_arrive(shared.full_piece(at.stage));
+    at.advance();
+  } while (piece.chunks);
+}
 
 template <typename T>
-__device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<T> schedule,
-                        int rank) {
-  constexpr uint16_t kAll = (1 << kCluster) - 1;
-  Cursor<T> at;
-  Piece piece;
-  while (schedule.next(piece)) {
-    const int row = (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS;
-    const int column = piece.column_tile * T::COLUMNS;
-    const CUtensorMap* a = piece.dense ? &arg.a_dense : &arg.a;
+__device__ void copy_a(const Arguments& arg, const Shared<T>& shared, int rank) {
+  Cursor<kPieces> at_piece;
+  Cursor<T::A_STAGES> at;
+  while (true) {
+    barrier_wait(shared.full_piece(at_piece.stage), at_piece.parity);
+    const Piece piece = shared.piece(at_piece.stage);
+    if (!piece.chunks) return;
+    const int row = first_row_of<T>(piece, rank);
     const int row_group = first_metadata<T>(arg, row);
     for (int i = piece.first; i < piece.last; i++) {
       const int k_block = piece.k_block(arg, i);
-      const uint32_t full = shared.full(at.stage);
-      barrier_wait(shared.empty(at.stage), at.parity ^ 1);
-      barrier_arrive_expect(full, T::A_BYTES + (piece.dense ? 0 : T::E_BYTES) +
-                                      piece.chunks * (T::B_BYTES / T::CHUNKS));
-      if (!piece.dense) {
-        copy_box(shared.metadata(at.stage), &arg.metadata, full, 0, k_block, row_group);
+      const uint32_t full = shared.full_a(at.stage), to = shared.a(at.stage);
+      barrier_wait(shared.empty_a(at.stage), at.parity ^ 1);
+      if (piece.dense) {
+        barrier_arrive_expect(full, T::A_BYTES);
+        copy_box(to, &arg.a_dense, full, k_block * (kBlock / 2), row, i & 1);
+      } else {
+        barrier_arrive_expect(full, T::A_BYTES + T::E_BYTES);
+        copy_box(shared.metadata(at.stage), &arg.metadata, full, 0, 2 * k_block, row_group);
+        copy_box(to, &arg.a, full, k_block * (kBlock / 2), row, 0);
       }
-      copy_box(shared.a(at.stage), a, full, k_block * (kBlock / 2), row, piece.dense ? i & 1 : 0);
+      at.advance();
+    }
+    barrier_arrive(shared.empty_piece(at_piece.stage));
+    at_piece.advance();
+  }
+}
+
+// This block's share of the columns of B, to both.
+template <typename T>
+__device__ void copy_b(const Arguments& arg, const Shared<T>& shared, int rank) {
+  constexpr uint16_t kAll = (1 << kCluster) - 1;
+  Cursor<kPieces> at_piece;
+  Cursor<T::B_STAGES> at;
+  while (true) {
+    barrier_wait(shared.full_piece(at_piece.stage), at_piece.parity);
+    const Piece piece = shared.piece(at_piece.stage);
+    if (!piece.chunks) return;
+    const int column = piece.column_tile * T::COLUMNS;
+    for (int i = 2 * piece.first; i < 2 * piece.last; i++) {
+      const int z = (piece.k_block(arg, i / 2) * kBlock + i % 2 * kHalf + rank * kStep) / 4;
+      const uint32_t full = shared.full_b(at.stage);
+      const uint32_t to = shared.b(at.stage) + rank * T::B_BYTES / kCluster;
+      barrier_wait(shared.empty_b(at.stage), at.parity ^ 1);
+      barrier_arrive_expect(full, piece.chunks * (T::B_BYTES / T::CHUNKS));
       // One box, where the columns are there: several small ones keep the copy engine busy longer
       // than their bytes (1.2 times the time of the product, for the tile of 256 columns).
-      const uint32_t to = shared.b(at.stage) + rank * T::B_BYTES / kCluster;
-      const int z = (k_block * kBlock + rank * kStep) / 4;
       if (column + T::COLUMNS <= arg.n) {
         copy_box_multicast(to, &arg.b, full, kAll, 0, 0, z, column / kChunk);
       } else {
         for (int chunk = 0; chunk < piece.chunks; chunk++) {
           copy_box_multicast(to + chunk * kStep * 128, &arg.b_chunk, full, kAll,
-                             column + chunk * kChunk, 0, z);
+                             column + chunk * kChunk, 0, z, 0);
         }
       }
       at.advance();
     }
+    barrier_arrive(shared.empty_piece(at_piece.stage));
+    at_piece.advance();
   }
 }
 
@@ -107,8 +172,15 @@ __device__ void produce(const Arguments& arg, const Shared<T>& shared, Schedule<
 template <typename T, int COLUMNS>
 using Accumulator = float[T::ROW_BLOCKS][COLUMNS / 2];
 
+template <typename T, int COLUMNS>
+__device__ void zero(Accumulator<T, COLUMNS>& sums) {
+#pragma unroll
+  for (int i = 0; i < T::ROW_BLOCKS * COLUMNS / 2; i++)
+    sums[i / (COLUMNS / 2)][i % (COLUMNS / 2)] = 0;
+}
+
 // One step of 32 along K for each group of 64 rows of the warpgroup, as one group of products.
-template <typename T, int COLUMNS, int STEP>
+template <typename T, int COLUMNS, int HALF, int STEP>
 __device__ void multiply_step(Accumulator<T, COLUMNS>& sums,
                               const uint32_t (&metadata)[T::ROW_BLOCKS], uint32_t a, uint32_t b) {
   wgmma_fence();
@@ -116,108 +188,132 @@ __device__ void multiply_step(Accumulator<T, COLUMNS>& sums,
       descriptor(b + STEP * T::B_BYTES / kCluster, kStep * 128, 1024, kSwizzle128);
 #pragma unroll
   for (int block = 0; block < T::ROW_BLOCKS; block++) {
-    const uint64_t a_step = descriptor(a + block * 64 * kBlock + STEP * 32, 16, 512, kSwizzle64);
+    const uint64_t a_step =
+        descriptor(a + block * 64 * kBlock + (2 * HALF + STEP) * 32, 16, 1024, kSwizzle128);
     wgmma_sparse<COLUMNS, STEP>(sums[block], a_step, b_step, metadata[block]);
   }
   wgmma_commit();
 }
 
-// Sums the stages of a piece of COLUMNS columns. What the next stage needs is made ready between
-// the two steps of this one, while the products of the first run: the tensor cores take few
-// products in advance, so that whatever stands between two stages is time in which they may idle.
+// Sums the stages of a piece of COLUMNS columns. What the next half of a block needs is made ready
+// between the two steps of this one, while the products of the first run: the tensor cores take few
+// products in advance, so that whatever stands between two halves is time in which they may idle.
 template <typename T, int COLUMNS>
 __device__ void multiply(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
-                         const Shared<T>& shared, Cursor<T>& at, const Piece& piece, int first_row,
-                         int warpgroup, int thread) {
+                         const Shared<T>& shared, Position<T>& at, int rank, int warpgroup,
+                         int thread) {
+  const Piece piece = shared.piece(at.piece.stage);
+  if (piece.first == piece.last) return;
+  const int row = first_row_of<T>(piece, rank);
   uint32_t words[T::ROW_BLOCKS];  // where in a stage this thread's metadata lies
 #pragma unroll
   for (int block = 0; block < T::ROW_BLOCKS; block++) {
     // Rows beyond M have zero values; any metadata does.
-    const int group = min(first_row / 64 + block, arg.metadata_rows - 1) -
-                      first_metadata<T>(arg, first_row - warpgroup * T::ROW_BLOCKS * 64);
-    words[block] = (group * kWords + thread) * 4;
+    const int group = min(row / 64 + warpgroup * T::ROW_BLOCKS + block, arg.metadata_rows - 1) -
+                      first_metadata<T>(arg, row);
+    words[block] = (group * 2 * kWords + thread) * 4;
   }
   const uint32_t a_offset = warpgroup * T::ROW_BLOCKS * 64 * kBlock;
-  const auto make_ready = [&](uint32_t (&metadata)[T::ROW_BLOCKS], int i) {
-    barrier_wait(shared.full(at.stage), at.parity);
+  uint32_t metadata[2][T::ROW_BLOCKS];  // of either half
+  const auto make_ready = [&](int half, int i) {
+    if (half == 0) barrier_wait(shared.full_a(at.a.stage), at.a.parity);
+    barrier_wait(shared.full_b(at.b.stage), at.b.parity);
 #pragma unroll
     for (int block = 0; block < T::ROW_BLOCKS; block++) {
-      metadata[block] = piece.dense ? (i & 1 ? kKeepsLastTwo : kKeepsFirstTwo)
-                                    : load_shared(shared.metadata(at.stage) + words[block]);
+      if (piece.dense) {
+        metadata[half][block] = i & 1 ? kKeepsLastTwo : kKeepsFirstTwo;
+      } else {
+        const uint32_t word =
+            load_shared(shared.metadata(at.a.stage) + half * kWords * 4 + words[block]);
+        metadata[half][block] = word ? word : kKeepsFirstTwo;  // 0 is beyond the last block of 64
+      }
     }
   };
-  uint32_t metadata[2][T::ROW_BLOCKS];
-  make_ready(metadata[0], piece.first);
-  uint32_t before = 0;  // the barrier of the stage whose products may still run
-  const auto stage = [&](int now, int i) {
-    const uint32_t a = shared.a(at.stage) + a_offset, b = shared.b(at.stage);
-    multiply_step<T, COLUMNS, 0>(sums, metadata[now], a, b);
+  make_ready(0, piece.first);
+  uint32_t before_a = 0, before_b = 0;  // barriers of what products may still read
+  for (int i = piece.first; i < piece.last; i++) {
+    const uint32_t a = shared.a(at.a.stage) + a_offset;
+    uint32_t b = shared.b(at.b.stage);
+    multiply_step<T, COLUMNS, 0, 0>(sums, metadata[0], a, b);
     wgmma_wait<1>();
-    if (before && thread < kCluster) barrier_arrive_at(before, thread);
-    before = shared.empty(at.stage);
-    at.advance();
-    if (i + 1 < piece.last) make_ready(metadata[1 - now], i + 1);
-    multiply_step<T, COLUMNS, 1>(sums, metadata[now], a, b);
-  };
-  for (int i = piece.first; i < piece.last; i += 2) {
-    stage(0, i);
-    if (i + 1 < piece.last) stage(1, i + 1);
+    if (before_b) {
+      if (thread < kCluster) barrier_arrive_at(before_b, thread);
+      if (thread == 0) barrier_arrive(before_a);
+    }
+    before_b = shared.empty_b(at.b.stage);
+    at.b.advance();
+    make_ready(1, i);
+    multiply_step<T, COLUMNS, 0, 1>(sums, metadata[0], a, b);
+
+    b = shared.b(at.b.stage);
+    multiply_step<T, COLUMNS, 1, 0>(sums, metadata[1], a, b);
+    wgmma_wait<1>();
+    if (thread < kCluster) barrier_arrive_at(before_b, thread);
+    before_a = shared.empty_a(at.a.stage);
+    before_b = shared.empty_b(at.b.stage);
+    at.a.advance();
+    at.b.advance();
+    if (i + 1 < piece.last) make_ready(0, i + 1);
+    multiply_step<T, COLUMNS, 1, 1>(sums, metadata[1], a, b);
   }
   wgmma_wait<0>();
-  if (thread < kCluster) barrier_arrive_at(before, thread);
+  if (thread < kCluster) barrier_arrive_at(before_b, thread);
+  if (thread == 0) barrier_arrive(before_a);
 }
 
 // ------------------------------------------------------------------------------- parts of a tile
 
-// Where a warpgroup leaves the sums of a tile that another cluster finishes.
+// Where a warpgroup leaves its sums of a part of a tile.
 template <typename T>
-__device__ float4* partial_of(const Arguments& arg, int block, int warpgroup) {
-  constexpr int kFloats = T::BLOCK_ROWS * T::COLUMNS;
-  return reinterpret_cast<float4*>(arg.partials + int64_t(block) * kFloats +
-                                   warpgroup * (kFloats / kConsumers));
+__device__ float4* partial_of(const Arguments& arg, int slot, int rank, int warpgroup) {
+  const int64_t floats = (int64_t(slot) * kCluster + rank) * T::PARTIAL_FLOATS;
+  return reinterpret_cast<float4*>(arg.partials + floats +
+                                   warpgroup * (T::PARTIAL_FLOATS / kConsumers));
 }
 
+// Leaves the sums for whichever part of the tile is done last. Whether this is the last: nobody
+// ever waits, so that it does not matter which clusters run at the same time.
 template <typename T, int COLUMNS>
-__device__ void leave_partial(const Accumulator<T, COLUMNS>& sums, const Arguments& arg, int block,
-                              int warpgroup, int thread) {
-  float4* to = partial_of<T>(arg, block, warpgroup) + thread;
+__device__ bool leave_partial(const Accumulator<T, COLUMNS>& sums, const Arguments& arg,
+                              const Piece& piece, int rank, int warpgroup, int thread) {
+  float4* to = partial_of<T>(arg, piece.slot + piece.part, rank, warpgroup) + thread;
 #pragma unroll
   for (int r = 0; r < T::ROW_BLOCKS; r++) {
 #pragma unroll
     for (int i = 0; i < COLUMNS / 8; i++) {
       const float* d = &sums[r][4 * i];
-      to[(r * (COLUMNS / 8) + i) * 128] = make_float4(d[0], d[1], d[2], d[3]);
+      __stcg(to + (r * (COLUMNS / 8) + i) * 128, make_float4(d[0], d[1], d[2], d[3]));
     }
   }
   __threadfence();
   named_sync(1 + warpgroup, 128);
+  bool last = false;
   if (thread == 0) {
-    asm volatile("st.release.gpu.global.b32 [%0], 1;" ::"l"(arg.partial_done + block * kConsumers +
-                                                            warpgroup)
-                 : "memory");
+    int* arrived = arg.arrived + (piece.slot * kCluster + rank) * kConsumers + warpgroup;
+    last = atomicAdd(arrived, 1) == piece.parts - 1;
+    __threadfence();
   }
+  return named_any(1 + warpgroup, 128, last);
 }
 
-// Adds them in a fixed order, so that repeated runs agree bit for bit.
+// The sums of all parts, in a fixed order, so that repeated runs agree bit for bit.
 template <typename T, int COLUMNS>
-__device__ void add_partial(Accumulator<T, COLUMNS>& sums, const Arguments& arg, int block,
-                            int warpgroup, int thread) {
-  const int* done = arg.partial_done + block * kConsumers + warpgroup;
-  int ready = 0;
-  while (!ready) {
-    asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(ready) : "l"(done) : "memory");
-  }
-  const float4* from = partial_of<T>(arg, block, warpgroup) + thread;
+__device__ void add_partials(Accumulator<T, COLUMNS>& sums, const Arguments& arg,
+                             const Piece& piece, int rank, int warpgroup, int thread) {
+  zero<T, COLUMNS>(sums);
+  for (int part = 0; part < piece.parts; part++) {
+    const float4* from = partial_of<T>(arg, piece.slot + part, rank, warpgroup) + thread;
 #pragma unroll
-  for (int r = 0; r < T::ROW_BLOCKS; r++) {
+    for (int r = 0; r < T::ROW_BLOCKS; r++) {
 #pragma unroll
-    for (int i = 0; i < COLUMNS / 8; i++) {
-      const float4 part = __ldcg(from + (r * (COLUMNS / 8) + i) * 128);
-      float* d = &sums[r][4 * i];
-      d[0] += part.x;
-      d[1] += part.y;
-      d[2] += part.z;
-      d[3] += part.w;
+      for (int i = 0; i < COLUMNS / 8; i++) {
+        const float4 addend = __ldcg(from + (r * (COLUMNS / 8) + i) * 128);
+        float* d = &sums[r][4 * i];
+        d[0] += addend.x;
+        d[1] += addend.y;
+        d[2] += addend.z;
+        d[3] += addend.w;
+      }
     }
   }
 }
@@ -242,21 +338,19 @@ __device__ void write_tile(const Accumulator<T, COLUMNS>& sums, const Arguments&
                            const Piece& piece, int warp_row, int lane, uint32_t staging) {
   constexpr int kUnits = 128 / sizeof(Out);  // columns at a time
   const int rows = piece.dense ? arg.m_dense : arg.m;
-  const int first_column = piece.column_tile * T::COLUMNS;
+  const int* places = piece.dense ? arg.dense_rows : arg.rows;
+  const uint32_t to = staging + lane / 4 * 128 + (lane % 4 * 2 * sizeof(Out) ^ lane / 4 * 16);
+  const uint32_t from = staging + lane / 8 * 128 + (lane % 8 * 16 ^ lane / 8 * 16);
+  // Each thread writes 16 bytes of 4 rows.
+  const int column = piece.column_tile * T::COLUMNS + lane % 8 * (16 / sizeof(Out));
+  Out* out = static_cast<Out*>(arg.out) + column;
 #pragma unroll
   for (int block = 0; block < T::ROW_BLOCKS; block++) {
-    const int first_row = warp_row + block * 64;
-    // Each thread writes 16 bytes of 4 rows.
-    Out* to[4];
+    int out_row[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const int row = first_row + 4 * i + lane / 8;
-      to[i] = nullptr;
-      if (row < rows) {
-        const int* places = piece.dense ? arg.dense_rows : arg.rows;
-        const int64_t out_row = places ? places[row] : row;
-        to[i] = static_cast<Out*>(arg.out) + out_row * arg.n + first_column;
-      }
+      const int row = warp_row + block * 64 + 4 * i + lane / 8;
+      out_row[i] = row >= rows ? -1 : places ? places[row] : row;
     }
 #pragma unroll
     for (int chunk = 0; chunk < COLUMNS / kUnits; chunk++) {
@@ -265,19 +359,16 @@ __device__ void write_tile(const Accumulator<T, COLUMNS>& sums, const Arguments&
         const float* d = &sums[block][4 * (chunk * (kUnits / 8) + j)];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int row = lane / 4 + 8 * half;
-          const int byte = (8 * j + lane % 4 * 2) * sizeof(Out);
-          store_pair<Out>(staging + row * 128 + (byte ^ (row % 8) << 4), d[2 * half],
+          store_pair<Out>((to ^ 8 * j * sizeof(Out)) + 8 * half * 128, d[2 * half],
                           d[2 * half + 1]);
         }
       }
       __syncwarp();
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int row = 4 * i + lane / 8, column = chunk * kUnits + lane % 8 * (16 / sizeof(Out));
-        const uint4 unit = load_shared_16(staging + row * 128 + (lane % 8 * 16 ^ (row % 8) << 4));
-        if (to[i] && first_column + column < arg.n) {
-          *reinterpret_cast<uint4*>(to[i] + column) = unit;
+        const uint4 unit = load_shared_16((from ^ i % 2 * 64) + 4 * i * 128);
+        if (out_row[i] >= 0 && column + chunk * kUnits < arg.n) {
+          *reinterpret_cast<uint4*>(out + int64_t(out_row[i]) * arg.n + chunk * kUnits) = unit;
         }
       }
       __syncwarp();
@@ -288,41 +379,40 @@ __device__ void write_tile(const Accumulator<T, COLUMNS>& sums, const Arguments&
 // One piece of at least CHUNKS chunks. Each width has its sums for itself, up to its epilogue:
 // where they would meet, the compiler copies accumulators and takes the products one at a time.
 template <typename T, typename Out, int CHUNKS = 1>
-__device__ void work_on(const Piece& piece, const Arguments& arg, const Shared<T>& shared,
-                        Cursor<T>& at, int rank, int cluster, int warpgroup) {
+__device__ void work_on(int chunks, const Arguments& arg, const Shared<T>& shared, Position<T>& at,
+                        int rank, int warpgroup) {
   if constexpr (CHUNKS < T::CHUNKS) {
-    if (piece.chunks > CHUNKS) {
-      return work_on<T, Out, CHUNKS + 1>(piece, arg, shared, at, rank, cluster, warpgroup);
+    if (chunks > CHUNKS) {
+      return work_on<T, Out, CHUNKS + 1>(chunks, arg, shared, at, rank, warpgroup);
     }
   }
   constexpr int COLUMNS = CHUNKS * kChunk;
   const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
-  const int first_row =
-      (piece.row_tile * kCluster + rank) * T::BLOCK_ROWS + warpgroup * T::ROW_BLOCKS * 64;
   Accumulator<T, COLUMNS> sums;
-#pragma unroll
-  for (int i = 0; i < T::ROW_BLOCKS * COLUMNS / 2; i++)
-    sums[i / (COLUMNS / 2)][i % (COLUMNS / 2)] = 0;
-  if (piece.first < piece.last) {
-    multiply<T, COLUMNS>(sums, arg, shared, at, piece, first_row, warpgroup, thread);
+  zero<T, COLUMNS>(sums);
+  multiply<T, COLUMNS>(sums, arg, shared, at, rank, warpgroup, thread);
+  const Piece piece = shared.piece(at.piece.stage);  // anew: there were no registers for it
+  if (piece.parts > 1) {
+    if (!leave_partial<T, COLUMNS>(sums, arg, piece, rank, warpgroup, thread)) return;
+    add_partials<T, COLUMNS>(sums, arg, piece, rank, warpgroup, thread);
   }
-  if (!piece.finishes()) {
-    leave_partial<T, COLUMNS>(sums, arg, cluster * kCluster + rank, warpgroup, thread);
-    return;
-  }
-  for (int helper = 1; helper <= piece.helpers; helper++) {
-    add_partial<T, COLUMNS>(sums, arg, (cluster - helper) * kCluster + rank, warpgroup, thread);
-  }
+  const int first_row = first_row_of<T>(piece, rank) + warpgroup * T::ROW_BLOCKS * 64;
   write_tile<T, Out, COLUMNS>(sums, arg, piece, first_row + warp * 16, lane,
                               shared.staging(warpgroup * 4 + warp));
 }
 
 template <typename T, typename Out>
-__device__ void consume(const Arguments& arg, const Shared<T>& shared, Schedule<T> schedule,
-                        int rank, int cluster, int warpgroup) {
-  Cursor<T> at;
-  Piece piece;
-  while (schedule.next(piece)) work_on<T, Out>(piece, arg, shared, at, rank, cluster, warpgroup);
+__device__ void consume(const Arguments& arg, const Shared<T>& shared, int rank, int warpgroup) {
+  Position<T> at;
+  while (true) {
+    barrier_wait(shared.full_piece(at.piece.stage), at.piece.parity);
+    const int chunks = shared.piece(at.piece.stage).chunks;
+    if (chunks == 0) return;
+    work_on<T, Out>(chunks, arg, shared, at, rank, warpgroup);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty_piece(at.piece.stage));
+    at.piece.advance();
+  }
 }
 
 // ------------------------------------------------------------------------------------------ kernel
@@ -333,26 +423,34 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) uint8_t memory[];
   const Shared<T> shared{shared_address(memory)};
   const int rank = cluster_rank();
-  const int cluster = blockIdx.x / kCluster, clusters = gridDim.x / kCluster;
   if (threadIdx.x == 0) {
-    for (int stage = 0; stage < T::STAGES; stage++) {
-      barrier_init(shared.full(stage), 1);
-      barrier_init(shared.empty(stage), kConsumers * kCluster);
+    for (int stage = 0; stage < T::A_STAGES; stage++) {
+      barrier_init(shared.full_a(stage), 1);
+      barrier_init(shared.empty_a(stage), kConsumers);
+    }
+    for (int stage = 0; stage < T::B_STAGES; stage++) {
+      barrier_init(shared.full_b(stage), 1);
+      barrier_init(shared.empty_b(stage), kConsumers * kCluster);
+    }
+    for (int i = 0; i < kPieces; i++) {
+      barrier_init(shared.full_piece(i), 1);
+      barrier_init(shared.empty_piece(i), 2 + kConsumers * 4);  // who reads it: two threads, warps
     }
     barrier_init_fence();
     prefetch_map(&arg.a);
     prefetch_map(&arg.b);
   }
   cluster_sync();
-  const Schedule<T> schedule(arg, cluster, clusters);
   const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     lower_registers<kProducerRegisters>();
-    if (threadIdx.x == 0) produce<T>(arg, shared, schedule, rank);
-    __syncwarp();  // the warp arrives at the cluster's barrier as one
+    if (threadIdx.x == 0) announce<T>(arg, shared);
+    if (threadIdx.x == 32) copy_a<T>(arg, shared, rank);
+    if (threadIdx.x == 64) copy_b<T>(arg, shared, rank);
+    __syncwarp();  // a warp arrives at the cluster's barrier as one
   } else {
     raise_registers<kConsumerRegisters>();
-    consume<T, Out>(arg, shared, schedule, rank, cluster, warpgroup - 1);
+    consume<T, Out>(arg, shared, rank, warpgroup - 1);
   }
   cluster_sync();  // no block leaves while another may still copy into it or arrive at it
 }
@@ -367,7 +465,7 @@ struct Matrices {
 
 template <typename T, typename Out>
 ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool strided,
-                  bool stream_k, uint8_t* workspace, size_t workspace_bytes) {
+                  uint8_t* workspace, size_t workspace_bytes) {
   int device, blocks;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
@@ -385,28 +483,30 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
   const int64_t metadata_columns = in.metadata.dimensions()[1];
   const bool mapped =
       map_tensor(&arg.a, in.values.untyped_data(), 2, {kept, arg.m, 1}, {kept, kept * arg.m},
-                 {kBlock / 2, T::BLOCK_ROWS, 1}, CU_TENSOR_MAP_SWIZZLE_64B) &&
-      (arg.m_dense == 0 || map_tensor(&arg.a_dense, in.dense.untyped_data(), 2,
-                                      {kept, arg.m_dense, 2}, {kept, kept * arg.m_dense},
-                                      {kBlock / 2, T::BLOCK_ROWS, 1}, CU_TENSOR_MAP_SWIZZLE_64B)) &&
+                 {kBlock / 2, T::BLOCK_ROWS, 1}, CU_TENSOR_MAP_SWIZZLE_128B) &&
+      (arg.m_dense == 0 ||
+       map_tensor(&arg.a_dense, in.dense.untyped_data(), 2, {kept, arg.m_dense, 2},
+                  {kept, kept * arg.m_dense}, {kBlock / 2, T::BLOCK_ROWS, 1},
+                  CU_TENSOR_MAP_SWIZZLE_128B)) &&
       map_tensor(&arg.metadata, in.metadata.untyped_data(), 4,
                  {kWords, metadata_columns, arg.metadata_rows}, {kWords, kWords * metadata_columns},
-                 {kWords, 1, T::ROW_GROUPS}, CU_TENSOR_MAP_SWIZZLE_NONE) &&
+                 {kWords, 2, T::ROW_GROUPS}, CU_TENSOR_MAP_SWIZZLE_NONE) &&
       map_tensor<4>(&arg.b, in.b.untyped_data(), 2,
                     {kChunk, 4, k / 4, std::max<int64_t>(1, n / kChunk)}, {member, group, kChunk},
                     {kChunk, 4, kStep / 4, T::CHUNKS}, CU_TENSOR_MAP_SWIZZLE_128B) &&
-      map_tensor(&arg.b_chunk, in.b.untyped_data(), 2, {n, 4, k / 4}, {member, group},
-                 {kChunk, 4, kStep / 4}, CU_TENSOR_MAP_SWIZZLE_128B);
+      map_tensor<4>(&arg.b_chunk, in.b.untyped_data(), 2, {n, 4, k / 4, 1}, {member, group, kChunk},
+                    {kChunk, 4, kStep / 4, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
   if (!mapped) return failed("matmul24", "cuTensorMapEncodeTiled refused an operand");
 
-  divide<T>(arg, blocks / kCluster, stream_k);
-  if (arg.cut_work) {
-    const size_t flags = blocks * kConsumers * sizeof(int);
-    const size_t partials = size_t(blocks) * T::BLOCK_ROWS * T::COLUMNS * sizeof(float);
-    if (workspace_bytes < partials + flags) return failed("matmul24", "the workspace is too small");
-    arg.partials = reinterpret_cast<float*>(workspace);
-    arg.partial_done = reinterpret_cast<int*>(workspace + partials);
-    error = cudaMemsetAsync(arg.partial_done, 0, flags, stream);
+  // Each partial sum has a counter, of which the first of a tile is in use.
+  constexpr size_t kPartialBytes = kCluster * T::PARTIAL_FLOATS * sizeof(float);
+  constexpr size_t kCounterBytes = kCluster * kConsumers * sizeof(int);
+  const size_t most = workspace_bytes / (kPartialBytes + kCounterBytes);
+  const size_t partials = divide<T>(arg, blocks / kCluster, static_cast<int>(most));
+  arg.partials = reinterpret_cast<float*>(workspace);
+  arg.arrived = reinterpret_cast<int*>(workspace + partials * kPartialBytes);
+  if (partials) {
+    error = cudaMemsetAsync(arg.arrived, 0, partials * kCounterBytes, stream);
     if (error != cudaSuccess) return status("matmul24", error);
   }
 
@@ -426,12 +526,11 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
 
 template <typename T>
 ffi::Error launch_typed(cudaStream_t stream, const Arguments& arg, const Matrices& in, bool strided,
-                        bool stream_k, ffi::AnyBuffer out, ffi::ResultBuffer<ffi::U8>& workspace) {
+                        ffi::AnyBuffer out, ffi::ResultBuffer<ffi::U8>& workspace) {
   uint8_t* bytes = workspace->typed_data();
   return out.element_type() == ffi::DataType::F32
-             ? launch<T, float>(stream, arg, in, strided, stream_k, bytes, workspace->size_bytes())
-             : launch<T, __nv_bfloat16>(stream, arg, in, strided, stream_k, bytes,
-                                        workspace->size_bytes());
+             ? launch<T, float>(stream, arg, in, strided, bytes, workspace->size_bytes())
+             : launch<T, __nv_bfloat16>(stream, arg, in, strided, bytes, workspace->size_bytes());
 }
 
 const int* data_or_null(const ffi::Buffer<ffi::S32>& buffer) {
@@ -445,7 +544,7 @@ ffi::Error matmul24(cudaStream_t stream, ffi::Buffer<ffi::BF16> values,
                     ffi::Buffer<ffi::S32> dense_rows, ffi::Buffer<ffi::S32> k_lists,
                     ffi::Buffer<ffi::S32> k_counts, ffi::Result<ffi::AnyBuffer> out,
                     ffi::ResultBuffer<ffi::U8> workspace, int32_t tile, int32_t group,
-                    int32_t stream_k, int32_t strided) {
+                    int32_t strided) {
   const Matrices in{values, metadata, dense, b};
   Arguments arg = {};
   arg.rows = data_or_null(rows);
@@ -457,13 +556,13 @@ ffi::Error matmul24(cudaStream_t stream, ffi::Buffer<ffi::BF16> values,
   arg.m_dense = dense.element_count() ? static_cast<int>(dense.dimensions()[1]) : 0;
   arg.n = static_cast<int>(b.dimensions()[1]);
   arg.metadata_rows = static_cast<int>(metadata.dimensions()[0]);
-  arg.k_blocks = static_cast<int>(metadata.dimensions()[1]);
+  arg.k_blocks = static_cast<int>(metadata.dimensions()[1] + 1) / 2;
   arg.group = group;
   switch (tile) {
     case 0:
-      return launch_typed<Tile<2, 192>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<2, 192>>(stream, arg, in, strided, *out, workspace);
     case 1:
-      return launch_typed<Tile<1, 256>>(stream, arg, in, strided, stream_k, *out, workspace);
+      return launch_typed<Tile<1, 256>>(stream, arg, in, strided, *out, workspace);
     default:
       return failed("matmul24", "no such tile");
   }
@@ -487,6 +586,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(s24jax_matmul24, s24jax::matmul24,
                                   .Ret<xla::ffi::Buffer<xla::ffi::U8>>()    // workspace
                                   .Attr<int32_t>("tile")
                                   .Attr<int32_t>("group")
-                                  .Attr<int32_t>("stream_k")
                                   .Attr<int32_t>("strided"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

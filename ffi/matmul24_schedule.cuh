@@ -4,21 +4,24 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace s24jax {
 
 constexpr int kConsumers = 2;  // warpgroups that multiply; one more copies
 constexpr int kThreads = 128 * (1 + kConsumers);
-constexpr int kCluster = 2;               // blocks that share B's columns
-constexpr int kChunk = 64;                // columns of B that are copied together
-constexpr int kBlock = 64;                // positions along K of one stage
-constexpr int kStep = kBlock / kCluster;  // of one product, and of B's rows that a block copies
+constexpr int kCluster = 2;              // blocks that share B's columns
+constexpr int kChunk = 64;               // columns of B that are copied together
+constexpr int kBlock = 128;              // positions along K of A that are copied together
+constexpr int kHalf = kBlock / 2;        // and of B
+constexpr int kStep = kHalf / kCluster;  // of one product, and of B's rows that a block copies
 static_assert(kStep == 32);
-constexpr int kWords = 128;               // of metadata, of 64 rows and one stage
+constexpr int kWords = 128;               // of metadata, of 64 rows and half a block along K
 constexpr int kSharedBytes = 227 * 1024;  // what a block may have
 constexpr int kStagingBytes = 2048;       // of them per warp, for the epilogue
 constexpr int kStaging = kConsumers * 4 * kStagingBytes;
-constexpr int kBarrierBytes = 128;
+constexpr int kPieces = 2;          // that are known in advance
+constexpr int kBarrierBytes = 256;  // for barriers and pieces
 
 // The work of one cluster at a time: ROW_BLOCKS x 64 rows a warpgroup, COLUMNS columns.
 template <int ROW_BLOCKS_, int COLUMNS_>
@@ -28,17 +31,43 @@ struct Tile {
   static constexpr int BLOCK_ROWS = 64 * ROW_BLOCKS * kConsumers;
   static constexpr int ROWS = BLOCK_ROWS * kCluster;
   static constexpr int CHUNKS = COLUMNS / kChunk;
-  // One stage in shared memory: A, B, metadata.
+  static constexpr int PARTIAL_FLOATS = BLOCK_ROWS * COLUMNS;  // sums of one block of a cluster
+  // Two rings in shared memory: A with its metadata, a block along K a stage; B, half a block.
   static constexpr int ROW_GROUPS = BLOCK_ROWS / 64;
   static constexpr int A_BYTES = BLOCK_ROWS * kBlock;  // half of the values, 2 bytes each
-  static constexpr int B_BYTES = COLUMNS * kBlock * 2;
-  static constexpr int E_BYTES = ROW_GROUPS * kWords * 4;
-  static constexpr int STAGE_BYTES = A_BYTES + B_BYTES + E_BYTES;
-  static constexpr int STAGES = (kSharedBytes - kStaging - kBarrierBytes) / STAGE_BYTES;
-  static constexpr int SHARED_BYTES = STAGES * STAGE_BYTES + kStaging + kBarrierBytes;
-  static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1024 bytes");
-  static_assert(2 * STAGES * sizeof(uint64_t) <= kBarrierBytes);
+  static constexpr int E_BYTES = ROW_GROUPS * 2 * kWords * 4;
+  static constexpr int B_BYTES = COLUMNS * kHalf * 2;
+  static constexpr int B_STAGES = 4;
+  static constexpr int A_STAGES =
+      (kSharedBytes - kStaging - kBarrierBytes - B_STAGES * B_BYTES) / (A_BYTES + E_BYTES);
+  static constexpr int SHARED_BYTES =
+      A_STAGES * (A_BYTES + E_BYTES) + B_STAGES * B_BYTES + kStaging + kBarrierBytes;
+  static_assert((A_BYTES + E_BYTES) % 1024 == 0 && B_BYTES % 1024 == 0,
+                "the swizzle repeats every 1024 bytes");
 };
+
+// Tiles of one kind, in the order in which they are worked on: of sparse rows or dense ones, of all
+// columns or those of the last tile, which may be narrower.
+struct Kind {
+  int row_tiles, column_tiles, first_column_tile;
+  int chunks, stages;
+  bool dense;
+  int whole;  // tiles, in full waves, before those that may be cut
+  int parts;  // of each of those
+  int slot;   // of the first partial sum of them
+
+  __host__ __device__ int rest() const { return row_tiles * column_tiles - whole; }
+  __host__ __device__ int pieces() const { return rest() * parts; }
+  // Of one stage, by the shared memory that its products read: for 64 rows a step reads 2 KiB of A
+  // and 4 KiB of B for each chunk.
+  int stage_work() const { return 2 * chunks + 1; }
+  int work() const { return stages * stage_work(); }
+};
+
+constexpr int kKinds = 4;
+constexpr int kParts[] = {1, 2, 3, 4, 5, 6, 8, 12, 16};  // into which a tile may be cut
+// What it costs to leave a partial sum, or to add one, in stages.
+constexpr int kPartialStages = 4;
 
 struct Arguments {
   CUtensorMap a, a_dense, metadata;
@@ -48,25 +77,23 @@ struct Arguments {
   const int* k_lists;      // [row tiles, k blocks]: which k blocks a tile multiplies; null: all
   const int* k_counts;     // [row tiles]: how many of them
   void* out;
-  float* partials;    // one tile of float32 a block
-  int* partial_done;  // one flag a block and warpgroup, zero at the start
+  float* partials;  // a block's sums for each slot and rank in the cluster
+  int* arrived;     // for each slot, rank and warpgroup: parts that are there; zero at the start
   int m, m_dense, n;
   int k_blocks;       // the last one padded with zeros
   int metadata_rows;  // groups of 64 rows of A
   int group;          // row tiles that are walked together, so that they share B's columns in L2
-  int whole;          // tiles that one cluster multiplies alone; the others are cut evenly along K
-  int cut_work;       // of those others: see Kind
+  Kind kinds[kKinds];
 };
 
-// A tile, or a part of it along K: stages first .. last - 1 of total.
-struct Piece {
+// A tile, or a part of it along K: stages first .. last - 1.
+struct alignas(16) Piece {
   int row_tile, column_tile;
   int chunks;  // of 64 columns
-  bool dense;
-  int first, last, total;
-  int helpers;  // clusters before this one that multiply the stages below `first`
-
-  __device__ bool finishes() const { return last == total; }
+  int dense;
+  int first, last;
+  int part, parts;
+  int slot;  // of the first part
 
   // Which block along K stage i multiplies: a dense row passes each twice.
   __device__ int k_block(const Arguments& arg, int i) const {
@@ -76,102 +103,38 @@ struct Piece {
   }
 };
 
-// Tiles of one kind, in the order in which they are worked on: of sparse rows or dense ones, of all
-// columns or those of the last tile, which may be narrower.
-struct Kind {
-  int row_tiles, column_tiles, first_column_tile;
-  int chunks, stages;
-  bool dense;
-
-  __host__ __device__ int tiles() const { return row_tiles * column_tiles; }
-  // Of one stage, by the shared memory that its products read: for 64 rows a step reads 2 KiB of A
-  // and 4 KiB of B for each chunk.
-  __host__ __device__ int stage_work() const { return 2 * chunks + 1; }
-  __host__ __device__ int work() const { return stages * stage_work(); }
-};
-
-constexpr int kKinds = 4;
-
-template <typename T>
-__host__ __device__ Kind kind_of(const Arguments& arg, int kind) {
-  const bool dense = kind >= 2, last = kind % 2;
-  const int rows = dense ? arg.m_dense : arg.m;
-  const int full_columns = arg.n / T::COLUMNS, rest = arg.n % T::COLUMNS;
-  return {(rows + T::ROWS - 1) / T::ROWS, last ? (rest ? 1 : 0) : full_columns,
-          last ? full_columns : 0,        last ? (rest + kChunk - 1) / kChunk : T::CHUNKS,
-          arg.k_blocks * (dense ? 2 : 1), dense};
-}
-
-// Which pieces a cluster works on, in order. Whole tiles in equal waves leave the last wave partly
-// empty, so the last of them, and those of other sizes, are cut along K into equal shares, one a
-// cluster ("stream-K", Osama et al. 2023). A share is walked backwards: it begins with the head of
-// a tile, whose sum the next cluster needs, and ends with the tail of one, which it finishes with
-// the sum that the cluster before it left long ago.
-template <typename T>
+// Which pieces a cluster works on: of each wave one.
 class Schedule {
  public:
-  __device__ Schedule(const Arguments& arguments, int cluster, int clusters)
-      : arg_(arguments), cluster_(cluster), clusters_(clusters), next_whole_(cluster) {
-    begin_ = share(cluster);
-    cursor_ = share(cluster + 1);
-  }
+  __host__ __device__ Schedule(const Arguments& arguments, int cluster, int clusters)
+      : arg_(arguments), next_(cluster), clusters_(clusters) {}
 
-  __device__ bool next(Piece& piece) {
-    if (cursor_ > begin_) {
-      cut(piece);
-      return true;
+  __host__ __device__ bool next(Piece& piece) {
+    int i = next_;
+    next_ += clusters_;
+    for (const Kind& kind : arg_.kinds) {
+      if (i < kind.whole) {
+        place(kind, i, 0, 1, piece);
+        return true;
+      }
+      i -= kind.whole;
     }
-    if (next_whole_ >= arg_.whole) return false;
-    int tile = next_whole_, kind = 0;
-    while (tile >= kind_of<T>(arg_, kind).tiles()) tile -= kind_of<T>(arg_, kind++).tiles();
-    place(kind_of<T>(arg_, kind), tile, piece);
-    if (arg_.k_counts && !piece.dense) piece.total = arg_.k_counts[piece.row_tile];
-    piece.first = 0;
-    piece.last = piece.total;
-    piece.helpers = 0;
-    next_whole_ += clusters_;
-    return true;
+    for (const Kind& kind : arg_.kinds) {
+      if (i < kind.pieces()) {
+        // The same part of all tiles, then the next: what runs together reads the same of K.
+        const int tile = i % kind.rest();
+        place(kind, kind.whole + tile, i / kind.rest(), kind.parts, piece);
+        piece.slot = kind.slot + tile * kind.parts;
+        return true;
+      }
+      i -= kind.pieces();
+    }
+    return false;
   }
 
  private:
-  // The kind that holds the unit of work at `at`, counted from the first tile that is cut, and
-  // where the first tile of that kind that is cut begins.
-  __device__ Kind find(int at, int& start, int& first_tile) const {
-    start = 0;
-    for (int k = 0;; k++) {
-      const Kind kind = kind_of<T>(arg_, k);
-      first_tile = k == 0 ? min(arg_.whole, kind.tiles()) : 0;
-      const int end = start + (kind.tiles() - first_tile) * kind.work();
-      if (at < end || k == kKinds - 1) return kind;
-      start = end;
-    }
-  }
-
-  // Where the share of a cluster begins, between two stages.
-  __device__ int share(int cluster) const {
-    const int at = static_cast<int>(int64_t(arg_.cut_work) * cluster / clusters_);
-    int start, first_tile;
-    const Kind kind = find(at, start, first_tile);
-    return at - (at - start) % kind.stage_work();
-  }
-
-  // The last piece of the share that is left.
-  __device__ void cut(Piece& piece) {
-    int start, first_tile;
-    const Kind kind = find(cursor_ - 1, start, first_tile);
-    const int i = (cursor_ - 1 - start) / kind.work();
-    start += i * kind.work();
-    place(kind, first_tile + i, piece);
-    piece.first = (max(begin_, start) - start) / kind.stage_work();
-    piece.last = (cursor_ - start) / kind.stage_work();
-    piece.helpers = 0;
-    if (piece.finishes()) {
-      for (int c = cluster_; share(c) > start; c--) piece.helpers++;
-    }
-    cursor_ = max(begin_, start);
-  }
-
-  __device__ void place(const Kind& kind, int tile, Piece& piece) const {
+  __host__ __device__ void place(const Kind& kind, int tile, int part, int parts,
+                                 Piece& piece) const {
     const int in_group = arg_.group * kind.column_tiles;
     const int first_row = tile / in_group * arg_.group;
     const int group = min(arg_.group, kind.row_tiles - first_row);
@@ -179,32 +142,83 @@ class Schedule {
     piece.column_tile = kind.first_column_tile + tile % in_group / group;
     piece.chunks = kind.chunks;
     piece.dense = kind.dense;
-    piece.total = kind.stages;
+    const bool listed = arg_.k_counts && !kind.dense;
+    const int stages = listed ? arg_.k_counts[piece.row_tile] : kind.stages;
+    piece.first = stages * part / parts;
+    piece.last = stages * (part + 1) / parts;
+    piece.parts = parts;
+    piece.part = part;
   }
 
   const Arguments& arg_;
-  int cluster_, clusters_;
-  int next_whole_;
-  int begin_, cursor_;
+  int next_;
+  const int clusters_;
 };
 
-// Splits the tiles into those that one cluster multiplies alone, in full waves of full tiles, and
-// the rest, one to two tiles' worth of work a cluster, which is cut along K.
 template <typename T>
-void divide(Arguments& arg, int clusters, bool stream_k) {
-  int64_t work = 0;
-  arg.whole = arg.cut_work = 0;
-  for (int k = 0; k < kKinds; k++) {
-    const Kind kind = kind_of<T>(arg, k);
-    work += int64_t(kind.tiles()) * kind.work();
-    arg.whole += kind.tiles();
+Kind kind_of(const Arguments& arg, bool dense, bool last) {
+  const int rows = dense ? arg.m_dense : arg.m;
+  const int full_columns = arg.n / T::COLUMNS, rest = arg.n % T::COLUMNS;
+  Kind kind = {};
+  kind.row_tiles = (rows + T::ROWS - 1) / T::ROWS;
+  kind.column_tiles = last ? rest > 0 : full_columns;
+  kind.first_column_tile = last ? full_columns : 0;
+  kind.chunks = last ? (rest + kChunk - 1) / kChunk : T::CHUNKS;
+  kind.stages = arg.k_blocks * (dense ? 2 : 1);
+  kind.dense = dense;
+  kind.parts = 1;
+  return kind;
+}
+
+// Until when the slowest cluster works on what may be cut; partial sums cost the more, the more
+// parts a tile has.
+inline int64_t makespan(const Kind (&kinds)[kKinds], int clusters) {
+  std::vector<int64_t> busy(clusters);
+  int next = 0, last = 0;
+  for (const Kind& kind : kinds) {
+    const int partial = kind.parts > 1 ? kPartialStages * kind.stage_work() : 0;
+    for (int i = 0; i < kind.pieces(); i++) {
+      busy[next++ % clusters] += kind.work() / kind.parts + partial;
+    }
+    if (kind.rest()) last = std::max(last, kind.parts * partial);
   }
-  // No share may be empty: too little work is not cut.
-  if (!stream_k || work < clusters * int64_t(2 * T::CHUNKS + 1)) return;
-  const Kind full = kind_of<T>(arg, 0);
-  const int64_t waves = work / (int64_t(clusters) * full.work()) - 1;
-  arg.whole = clusters * std::clamp<int64_t>(waves, 0, full.tiles() / clusters);
-  arg.cut_work = static_cast<int>(work - int64_t(arg.whole) * full.work());
+  return *std::max_element(busy.begin(), busy.end()) + last;
+}
+
+// Sets `kinds`. Tiles in full waves come first. What is left would fill the last waves in part and
+// leave clusters idle, so it is cut into parts: as many as make the last cluster be done first.
+// (Shares of equal work that begin anywhere along K, "stream-K", fill the last wave better, but
+// then no two clusters read the same of A or B at the same time, and they all wait for DRAM.)
+// Returns how many partial sums that makes.
+template <typename T>
+int divide(Arguments& arg, int clusters, int most_partials) {
+  for (int k = 0; k < kKinds; k++) {
+    arg.kinds[k] = kind_of<T>(arg, k % 2, k / 2);
+    arg.kinds[k].whole = arg.kinds[k].rest() / clusters * clusters;
+  }
+  if (arg.k_counts) return 0;
+  int64_t least = makespan(arg.kinds, clusters);
+  int partials = 0;
+  for (const int of_full : kParts) {
+    for (const int of_last : kParts) {
+      Kind kinds[kKinds];
+      int slots = 0;
+      for (int k = 0; k < kKinds; k++) {
+        kinds[k] = arg.kinds[k];
+        // A dense row is twice as long.
+        kinds[k].parts = std::min((k % 2 + 1) * (k / 2 ? of_last : of_full), kinds[k].stages);
+        kinds[k].slot = slots;
+        if (kinds[k].parts > 1) slots += kinds[k].pieces();
+      }
+      if (slots > most_partials) continue;
+      const int64_t time = makespan(kinds, clusters);
+      if (time >= least) continue;
+      least = time;
+      partials = slots;
+      std::copy(kinds, kinds + kKinds, arg.kinds);
+    }
+  }
+  return partials;
 }
 
 }  // namespace s24jax

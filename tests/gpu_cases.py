@@ -104,7 +104,7 @@ def launches() -> dict[str, Launch]:
     y2 = random_24(rng, 144, 272, integers)
     dy1 = y2.with_values(jnp.asarray(integers(rng, y2.values.shape)))
     feature_split = random_split(rng, 272, 40)
-    # K is so long that the one tile is cut between all multiprocessors.
+    # K is so long that the one tile is cut.
     long_a, long_b = random_24(rng, 72, 8016, normal), jnp.asarray(normal(rng, (8016, 72)))
     a = random_24(rng, 300, 208, normal, grouping=STRIDED)
     b = jnp.asarray(normal(rng, (208, 200)))
@@ -130,22 +130,20 @@ def launches() -> dict[str, Launch]:
         },
         **{
             f"matmul24 tile {tile}": Launch(
-                functools.partial(
-                    cuda.matmul24, schedule=Schedule(tile, 4, False), out_dtype=jnp.float32
-                ),
+                functools.partial(cuda.matmul24, schedule=Schedule(tile, 4), out_dtype=jnp.float32),
                 (a, b),
             )
             for tile in range(len(TILES))
         },
         **{
-            f"matmul24 tile {tile} stream-K": Launch(
-                functools.partial(cuda.matmul24, schedule=Schedule(tile, 4, True)), (long_a, long_b)
+            f"matmul24 tile {tile} cut": Launch(
+                functools.partial(cuda.matmul24, schedule=Schedule(tile, 4)), (long_a, long_b)
             )
             for tile in range(len(TILES))
         },
         "matmul24 lists": Launch(
             lambda a, b, lists: cuda.matmul24(a, b, k_blocks=lists),
-            (listed_a, listed_b, block_lists([[8, 0, 3, 5], [1], list(range(9))], blocks=9)),
+            (listed_a, listed_b, block_lists([[4, 0, 3], [1], list(range(5))], blocks=5)),
         ),
         "split_matmul24": Launch(
             functools.partial(split_matmul24, implementation="cuda"),

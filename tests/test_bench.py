@@ -2,6 +2,7 @@
 search for cuSPARSELt's algorithm on a fake library, tuning on fake schedules, the command line.
 """
 
+import collections
 import itertools
 import json
 import pathlib
@@ -201,27 +202,30 @@ class FakeDevice:
 
 def test_contenders_take_turns():
     device = FakeDevice()
-    times = {"a": 0.010, "b": 0.005, "c": 0.050}
+    times = {"a": 0.010, "b": 0.005, "c": 0.080}
     contenders = {name: device.contender(name, seconds) for name, seconds in times.items()}
     found = interleave(contenders, 9, clock=device.clock)
     assert found == pytest.approx(times)
     calls = "".join(device.calls)
-    # One call to warm up and three to see how many fill 50 ms; then the rounds, in changing orders.
+    # One call to warm up and three to see how long one takes; then the rounds, in changing orders:
+    # each contender for 60 ms to settle the clock, and for 80 ms.
     assert calls[:12] == 4 * "a" + 4 * "b" + 4 * "c"
-    rounds = [calls[start : start + 16] for start in range(12, len(calls), 16)]
-    turns = {"".join(order) for order in itertools.permutations([5 * "a", 10 * "b", "c"])}
+    samples = [(6 + 8) * "a", (12 + 16) * "b", (1 + 1) * "c"]
+    rounds = [calls[start : start + 44] for start in range(12, len(calls), 44)]
+    turns = {"".join(order) for order in itertools.permutations(samples)}
     assert len(rounds) == 9 and set(rounds) <= turns and len(set(rounds)) > 3
 
 
 def test_the_median_leaves_out_what_disturbs():
     device = FakeDevice()
-    seconds = iter([0.05] * 4 + [0.05, 0.5, 0.06])  # warm-up and calibration first
+    # Calibration first; then a call to settle the clock before each that counts.
+    seconds = iter([0.08] * 4 + [0.08, 0.08, 0.3, 0.5, 0.3, 0.09])
 
     def call():
         device.queued += next(seconds)
 
     contender = device.contender("a", 0.0)._replace(call=call)
-    assert interleave({"a": contender}, 3, clock=device.clock) == {"a": pytest.approx(0.06)}
+    assert interleave({"a": contender}, 3, clock=device.clock) == {"a": pytest.approx(0.09)}
 
 
 def test_wrong_results_have_no_time():
@@ -315,13 +319,40 @@ def test_the_search_discards_and_names_wrong_results():
     )
 
 
-def test_the_search_times_hopeless_algorithms_once():
+def test_the_search_times_hopeless_algorithms_once(monkeypatch):
+    monkeypatch.setattr(cusparselt, "FINALISTS", 1)
     A = cusparselt.Algorithm
     device = FakeDevice()
     times = {A("row", 0): 1e-3, A("row", 1): 9e-3}
     cusparselt.search(["row"], fake_library(device, times), clock=device.clock)
     assert device.calls.count(A("row", 1)) == 2  # the check, and one
-    assert device.calls.count(A("row", 0)) == 1 + 1 + cusparselt.CALLS + 1
+    assert device.calls.count(A("row", 0)) > 2 + cusparselt.CALLS
+
+
+def slower_when_it_runs_long(device, times, after):
+    """A `make` as `fake_library`'s, where `after` says how much slower each is in the end."""
+    calls = collections.Counter()
+
+    def make(algorithm):
+        def call():
+            calls[algorithm] += 1
+            late = calls[algorithm] > 2 + cusparselt.CALLS
+            device.queued += times[algorithm] * (after[algorithm] if late else 1)
+
+        if algorithm not in times:
+            return fake_library(device, times)(algorithm)
+        return device.contender(algorithm, 0.0)._replace(call=call)
+
+    return make
+
+
+def test_the_final_decides_between_the_fastest():
+    A = cusparselt.Algorithm
+    times = {A("row", i): seconds for i, seconds in enumerate([1e-3, 1.1e-3, 1.2e-3])}
+    after = {A("row", 0): 1.5, A("row", 1): 1.0, A("row", 2): 1.1}
+    device = FakeDevice()
+    make = slower_when_it_runs_long(device, times, after)
+    assert cusparselt.search(["row"], make, clock=device.clock).best == A("row", 1)
 
 
 def test_an_algorithm_that_is_right_only_once_is_wrong():
@@ -338,6 +369,18 @@ def test_an_algorithm_that_is_right_only_once_is_wrong():
 
     found = cusparselt.search(["row"], flaky, clock=device.clock)
     assert (found.best, found.wrong) == (A("row", 0), [A("row", 1)])
+
+
+def test_no_algorithm_that_is_right_twice():
+    device = FakeDevice()
+    make = fake_library(device, {cusparselt.Algorithm("row", i): 1e-3 for i in range(6)})
+    errors = iter([0.0] * 6 + [0.2] * 6)
+
+    def flaky(algorithm):
+        return make(algorithm)._replace(error=lambda _: next(errors))
+
+    with pytest.raises(Unsupported, match="none of its 6 algorithms gives a right result"):
+        cusparselt.search(["row"], flaky, clock=device.clock)
 
 
 def test_no_right_algorithm():
@@ -519,7 +562,7 @@ def test_the_split_oracle_keeps_dense_features_dense():
     np.testing.assert_allclose(problem.oracle[split.dense], full[split.dense], rtol=1e-4, atol=1e-3)
 
 
-RIGHT, WRONG, OTHER = (tuning.Schedule(tile=1, group=g, stream_k=False) for g in (1, 2, 4))
+RIGHT, WRONG, OTHER = (tuning.Schedule(tile=1, group=g) for g in (1, 2, 4))
 
 
 @pytest.fixture

@@ -288,8 +288,8 @@ def test_matmul24(m, k, n, axis, grouping, draw):
     "m, k, n",
     [
         # Tiles for more than two waves: whole ones, and ones that are cut.
-        (8200, 400, 1608),
-        # One tile, cut between all multiprocessors.
+        (8200, 3008, 1608),
+        # One tile, cut.
         (72, 8016, 72),
     ],
 )
@@ -309,7 +309,7 @@ def test_matmul24_of_every_width(n, draw):
     a = random_24(rng, 300, 208, draw, grouping=STRIDED)
     b = jnp.asarray(draw(rng, (208, n)))
     for tile in range(len(tuning.TILES)):
-        check_product(draw, a, b, schedule=Schedule(tile, 8, False))
+        check_product(draw, a, b, schedule=Schedule(tile, 8))
 
 
 @groupings
@@ -322,12 +322,12 @@ def test_matmul24_by_the_identity_is_decompress(axis, grouping):
     np.testing.assert_array_equal(np.asarray(actual), np.asarray(dense if axis == 1 else dense.T))
 
 
-# Lists for three tiles of 512 rows, the last of which is not full; nine blocks of 64, likewise.
+# Lists for three tiles of 512 rows, the last of which is not full; five blocks of 128, likewise.
 LISTS = {
-    "full": [list(range(9))] * 3,
-    "out of order": [[8, 1, 4, 0, 2, 7, 3, 6, 5]] * 3,
-    "of different lengths": [[0, 3, 5, 8], [7], [1, 2, 3, 4, 5, 6, 8]],
-    "some empty": [[], [2, 8], []],
+    "full": [list(range(5))] * 3,
+    "out of order": [[4, 1, 0, 2, 3]] * 3,
+    "of different lengths": [[0, 3, 4], [2], [1, 2, 3, 4]],
+    "some empty": [[], [1, 4], []],
     "all empty": [[]] * 3,
 }
 
@@ -351,10 +351,10 @@ def test_matmul24_skips_what_no_list_names(lists, draw, grouping):
     values = np.zeros_like(a.values)
     for tile, blocks in enumerate(lists):
         for block in blocks:
-            part = np.s_[512 * tile : 512 * (tile + 1), 32 * block : 32 * (block + 1)]
+            part = np.s_[512 * tile : 512 * (tile + 1), 64 * block : 64 * (block + 1)]
             values[part] = np.asarray(a.values)[part]
-    expected = MATMUL(a.with_values(jnp.asarray(values)), b, schedule=Schedule(0, 8, False))
-    assert_same(MATMUL(a, b, k_blocks=gpu_cases.block_lists(lists, blocks=9)), expected)
+    expected = MATMUL(a.with_values(jnp.asarray(values)), b, schedule=Schedule(0, 8))
+    assert_same(MATMUL(a, b, k_blocks=gpu_cases.block_lists(lists, blocks=5)), expected)
 
 
 # ---------------------------------------------------------------------------------- split_matmul24
@@ -394,8 +394,8 @@ LAUNCHES = [
     "feature_wise24 adjacent",
     "matmul24 tile 0",
     "matmul24 tile 1",
-    "matmul24 tile 0 stream-K",
-    "matmul24 tile 1 stream-K",
+    "matmul24 tile 0 cut",
+    "matmul24 tile 1 cut",
     "matmul24 lists",
     "split_matmul24",
 ]
@@ -478,8 +478,8 @@ def test_repeated_runs_are_identical(launch):
 @pytest.mark.parametrize("tile", range(len(tuning.TILES)))
 def test_repeated_runs_of_cut_tiles_are_identical(tile):
     rng = np.random.default_rng(0)
-    a, b = random_24(rng, 8200, 400, normal), jnp.asarray(normal(rng, (400, 1608)))
-    check_repeats(lambda: MATMUL(a, b, schedule=Schedule(tile, 8, True)))
+    a, b = random_24(rng, 8200, 3008, normal), jnp.asarray(normal(rng, (3008, 1608)))
+    check_repeats(lambda: MATMUL(a, b, schedule=Schedule(tile, 8)))
 
 
 # ------------------------------------------------------------------------------------- CUDA graphs

@@ -2,7 +2,8 @@
 
 Its own search misses the best, and some of its algorithms give wrong results, in some versions not
 every time. So every algorithm id is tried with both layouts of B, then, with the better layout, in
-every form of split-K; each result is compared with the oracle before and after it is timed.
+every form of split-K, each in a few calls; the fastest go into a final, whose calls are enough for
+the GPU's clock to settle. Results are compared with the oracle before and after they are timed.
 """
 
 import math
@@ -10,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from s24jax.bench.timing import Clock, Contender, is_wrong, sample
+from s24jax.bench.timing import Clock, Contender, interleave, is_wrong, sample
 from s24jax.errors import Unsupported
 
 # Wider than any version's range: torch does not tell its end, and refuses what lies beyond.
@@ -21,6 +22,7 @@ SPLITS = [(split_k, mode) for split_k in (-1, 2, 4, 8) for mode in (-1, 1, 2, 3,
 # An algorithm whose first timed call is this much slower than the best is not timed again.
 HOPELESS = 1.3
 CALLS = 3
+FINALISTS, FINAL_ROUNDS = 4, 3
 
 
 class Algorithm(NamedTuple):
@@ -37,30 +39,41 @@ class Algorithm(NamedTuple):
 
 
 class Screening:
-    """The best algorithm so far; `make` turns an algorithm into a contender."""
+    """What the algorithms take so far; `make` turns an algorithm into a contender."""
 
     def __init__(self, make: Callable[[Algorithm], Contender], *, clock: Clock):
         self._make, self._clock = make, clock
         self.best: Algorithm | None = None
-        self.seconds = math.inf
-        self.right: list[Algorithm] = []
+        self.right: dict[Algorithm, float] = {}
         self.wrong: list[Algorithm] = []
 
     def try_all(self, algorithms: Iterable[Algorithm]) -> None:
-        """Times those that the library takes and that are right."""
+        """Times those that the library takes and that are right, in a few calls each."""
         for algorithm in algorithms:
             contender = self._make(algorithm)
             try:
                 out = contender.call()
             except RuntimeError:  # torch's word for an id or a split that does not exist here
                 continue
-            right = self._is_right(contender, out)
-            seconds = self._time(contender) if right else math.inf
-            if seconds < self.seconds:
-                right = self._is_right(contender, contender.call())
-                if right:
-                    self.best, self.seconds = algorithm, seconds
-            (self.right if right else self.wrong).append(algorithm)
+            if self._is_right(contender, out):
+                self.right[algorithm] = self._time(contender)
+            else:
+                self.wrong.append(algorithm)
+
+    def fastest(self, number: int) -> list[Algorithm]:
+        """Of those that are right."""
+        return sorted(self.right, key=self.right.get)[:number]
+
+    def hold_final(self) -> None:
+        """Measures the fastest as the bench does; the best is the first that is right again."""
+        finalists = {algorithm: self._make(algorithm) for algorithm in self.fastest(FINALISTS)}
+        seconds = interleave(finalists, FINAL_ROUNDS, clock=self._clock)
+        for algorithm in sorted(seconds, key=seconds.get):
+            if self._is_right(finalists[algorithm], finalists[algorithm].call()):
+                self.best = algorithm
+                return
+            del self.right[algorithm]
+            self.wrong.append(algorithm)
 
     def _is_right(self, contender: Contender, out: Any) -> bool:
         right = not is_wrong(contender.error(out))
@@ -69,7 +82,7 @@ class Screening:
 
     def _time(self, contender: Contender) -> float:
         seconds = sample(contender, 1, self._clock)
-        if seconds > HOPELESS * self.seconds:
+        if seconds > HOPELESS * min(self.right.values(), default=math.inf):
             return seconds
         return sample(contender, CALLS, self._clock)
 
@@ -100,11 +113,16 @@ def search(
     """
     screening = Screening(make, clock=clock)
     screening.try_all(Algorithm(layout, alg_id) for layout in layouts for alg_id in IDS)
+    if screening.right:
+        layout = screening.fastest(1)[0].layout
+        accepted = [a for a in (*screening.right, *screening.wrong) if a.layout == layout]
+        screening.try_all(
+            a._replace(split_k=k, split_k_mode=mode) for a in accepted for k, mode in SPLITS
+        )
+    while screening.best is None and screening.right:
+        screening.hold_final()
     if screening.best is None:
         raise Unsupported(
             f"cuSPARSELt: none of its {len(screening.wrong)} algorithms gives a right result"
         )
-    layout = screening.best.layout
-    accepted = [a for a in screening.right + screening.wrong if a.layout == layout]
-    screening.try_all(a._replace(split_k=k, split_k_mode=m) for a in accepted for k, m in SPLITS)
     return screening

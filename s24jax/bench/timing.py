@@ -1,10 +1,11 @@
 """Contenders measured in turns.
 
-The clock of a GPU falls with its power, so what is measured second or after something hot looks
-slower. Every contender is therefore sampled in every round, each time in another order, so that
-none always follows the same neighbour, and its time is the median over rounds. A sample is a row of
-calls that are queued without waiting in between, long enough that Python's part and the wait at the
-end do not count. Operands do not fit into the cache.
+The clock of a GPU falls with its power, and follows it within some 50 ms, so that what runs after
+something cool looks faster than it is. Every sample therefore begins with calls that are not timed,
+until the clock is the contender's own. Every contender is sampled in every round, each time in
+another order, so that none always follows the same neighbour, and its time is the median over
+rounds. The calls of a sample are queued without waiting in between, and so many that Python's part
+and the wait at the end do not count. Operands do not fit into the cache.
 """
 
 import math
@@ -20,7 +21,7 @@ import numpy as np
 
 from s24jax.errors import EXPECTED
 
-SAMPLE_S = 0.05
+WARM_UP_S, SAMPLE_S = 0.06, 0.08
 # A product of bfloat16 operands, rounded once, is off by 0.002; this is no rounding any more.
 WRONG = 1e-2
 
@@ -108,15 +109,17 @@ def interleave(
     contenders: Mapping[Name, Contender], rounds: int, *, clock: Clock = time.perf_counter
 ) -> dict[Name, float]:
     """Median seconds of one call of each contender; the orders are the same in every run."""
-    calls = {}
+    seconds = {}
     for name, contender in contenders.items():
         sample(contender, 1, clock)
-        calls[name] = max(1, math.ceil(SAMPLE_S / max(sample(contender, 3, clock), 1e-9)))
+        seconds[name] = max(sample(contender, 3, clock), 1e-9)
     samples = {name: [] for name in contenders}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(contenders), len(contenders)):
-            samples[name].append(sample(contenders[name], calls[name], clock))
+            sample(contenders[name], math.ceil(WARM_UP_S / seconds[name]), clock)
+            calls = math.ceil(SAMPLE_S / seconds[name])
+            samples[name].append(sample(contenders[name], calls, clock))
     return {name: statistics.median(values) for name, values in samples.items()}
 
 

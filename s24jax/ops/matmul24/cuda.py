@@ -11,16 +11,17 @@ from s24jax.errors import InvalidInput
 from s24jax.ops.matmul24 import tuning
 from s24jax.typing import Array, Float, Int
 
-MULTIPROCESSORS = 144  # at most, of any GPU with compute capability 9.0
+# Of a tile that the kernel cuts along K, and of all of them together.
+MOST_PARTS, MOST_PARTIAL_SUMS = 16, 144
 LIST_TILE = 0  # the tile whose rows share a list of K blocks
-LIST_ROWS, LIST_BLOCK = tuning.TILES[LIST_TILE].rows, 64
+LIST_ROWS, LIST_BLOCK = tuning.TILES[LIST_TILE].rows, 128
 
 
 class KBlocks(NamedTuple):
-    """Which blocks of 64 positions along K each 512 rows of A multiply; the others are skipped.
+    """Which blocks of 128 positions along K each 512 rows of A multiply; the others are skipped.
 
     Attributes:
-      blocks: [ceil(M/512), ceil(K/64)], block numbers; the first `counts` of a row are read.
+      blocks: [ceil(M/512), ceil(K/128)], block numbers; the first `counts` of a row are read.
       counts: [ceil(M/512)], how many.
     """
 
@@ -72,7 +73,7 @@ def matmul24(
         schedule = tuning.schedule_for(m, b.shape[1], b.shape[0], strided)
     if k_blocks is not None:
         _check_k_blocks(k_blocks, m, b.shape[0])
-        schedule = tuning.Schedule(LIST_TILE, schedule.group, stream_k=False)
+        schedule = tuning.Schedule(LIST_TILE, schedule.group)
     return launch(
         a.values,
         a.metadata,
@@ -117,15 +118,11 @@ def launch(
       places: the row of the result where each row of A goes, and each of `dense`.
     """
     no_array = jnp.zeros((0,), jnp.int32)
-    tile = tuning.TILES[schedule.tile]
-    # Half a cluster's tile in float32, and two flags, for each multiprocessor.
-    per_block = tile.rows // 2 * tile.columns * 4 + 2 * 4
-    workspace = MULTIPROCESSORS * per_block if schedule.stream_k else 0
     out, _ = cuda_library.call(
         "s24jax_matmul24",
         [
             jax.ShapeDtypeStruct((rows, b.shape[1]), out_dtype or b.dtype),
-            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+            jax.ShapeDtypeStruct((_workspace_bytes(rows, b.shape[1], schedule),), jnp.uint8),
         ],
         values,
         metadata,
@@ -135,7 +132,15 @@ def launch(
         *((no_array, no_array) if k_blocks is None else k_blocks),
         tile=schedule.tile,
         group=schedule.group,
-        stream_k=int(schedule.stream_k),
         strided=int(strided),
     )
     return out
+
+
+def _workspace_bytes(rows: int, columns: int, schedule: tuning.Schedule) -> int:
+    """For the sums of parts of tiles in float32, each with four counters."""
+    tile = tuning.TILES[schedule.tile]
+    # A tile more for dense rows, which have tiles of their own.
+    tiles = (-(-rows // tile.rows) + 1) * -(-columns // tile.columns)
+    partial_sums = min(MOST_PARTIAL_SUMS, MOST_PARTS * tiles)
+    return partial_sums * 4 * (tile.rows * tile.columns + 4)

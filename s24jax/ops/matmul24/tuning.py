@@ -29,21 +29,14 @@ class Schedule(NamedTuple):
     Attributes:
       tile: index into TILES.
       group: row tiles that are walked together, so that they share B's columns in the L2 cache.
-      stream_k: cut the last tiles along K, so that no multiprocessor idles in the last wave.
     """
 
     tile: int
     group: int
-    stream_k: bool
 
 
-DEFAULT = Schedule(tile=1, group=8, stream_k=True)
-VARIANTS = tuple(
-    Schedule(tile, group, stream_k)
-    for tile in range(len(TILES))
-    for group in (4, 8, 16)
-    for stream_k in (True, False)
-)
+DEFAULT = Schedule(tile=0, group=8)
+VARIANTS = tuple(Schedule(tile, group) for tile in range(len(TILES)) for group in (4, 8, 16))
 
 Key = tuple[int, int, int, bool]  # M, N, K, and whether B's rows are taken in strided groups
 
@@ -52,8 +45,7 @@ def load() -> dict[Key, Schedule]:
     """The tuned table."""
     entries = json.loads(TABLE.read_text())
     return {
-        (e["M"], e["N"], e["K"], e["strided"]): Schedule(e["tile"], e["group"], e["stream_k"])
-        for e in entries
+        (e["M"], e["N"], e["K"], e["strided"]): Schedule(e["tile"], e["group"]) for e in entries
     }
 
 
