@@ -70,6 +70,10 @@ struct Shared {
   __device__ uint32_t empty_piece(int i) const { return full_piece(kPieces + i); }
   __device__ uint32_t pieces(int i) const { return empty_piece(kPieces) + i * sizeof(Piece); }
 
+  static_assert(2 * (T::A_STAGES + T::B_STAGES + kPieces) * sizeof(uint64_t) +
+                    kPieces * sizeof(Piece) <=
+                kBarrierBytes);
+
   __device__ Piece piece(int i) const { return load_shared_as<Piece>(pieces(i)); }
   __device__ void set_piece(int i, const Piece& piece) const { store_shared_as(pieces(i), piece); }
 };
