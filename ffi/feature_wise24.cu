@@ -268,9 +268,6 @@ ffi::Error feature_wise24(
       !bind(arg.dy1, dy1.untyped_data(), dy1_sparse->untyped_data(), dy1_dense->untyped_data())) {
     return failed("feature_wise24", "cuTensorMapEncodeTiled refused an operand");
   }
-  const cudaError_t raised = cudaFuncSetAttribute(
-      feature_wise24_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  if (raised != cudaSuccess) return status("feature_wise24", raised);
   // The rows that pad the last 64 belong to no feature: empty groups.
   const int64_t row_blocks = metadata->dimensions()[0], block = 128 * arg.token_blocks;
   if (y2_sparse->dimensions()[0] % 64) {

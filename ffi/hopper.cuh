@@ -181,7 +181,7 @@ __device__ __forceinline__ void wgmma_wait() {
 }
 
 // How an operand lies in shared memory. Offsets in bytes; PTX ISA, "Matrix descriptor format".
-enum Swizzle : uint64_t { kSwizzle128 = 1, kSwizzle64 = 2 };
+enum Swizzle : uint64_t { kSwizzle128 = 1 };
 
 __device__ __forceinline__ uint64_t descriptor(uint32_t address, uint32_t leading, uint32_t stride,
                                                Swizzle swizzle) {

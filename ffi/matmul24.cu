@@ -502,7 +502,7 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
                     {kChunk, 4, kStep / 4, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
   if (!mapped) return failed("matmul24", "cuTensorMapEncodeTiled refused an operand");
 
-  // Each partial sum has a counter, of which the first of a tile is in use.
+  // Each partial sum has counters, of which those of a tile's first are in use.
   constexpr size_t kPartialBytes = kCluster * T::PARTIAL_FLOATS * sizeof(float);
   constexpr size_t kCounterBytes = kCluster * kConsumers * sizeof(int);
   const size_t most = workspace_bytes / (kPartialBytes + kCounterBytes);

@@ -44,17 +44,16 @@ def call(
     target: str,
     result_shape_dtypes,
     *args,
-    vmap_method: str = "sequential",
-    input_output_aliases: dict[int, int] | None = None,
     **attributes,
 ) -> Any:
     """Calls a handler of the library, which is built and registered first where it is not yet.
+
+    Under `jax.vmap` it is called for one member of the batch after the other.
 
     Args:
       target: a member of `TARGETS`.
       result_shape_dtypes: of the results, as in `jax.ffi.ffi_call`.
       *args: the operands.
-      vmap_method, input_output_aliases: as in `jax.ffi.ffi_call`.
       **attributes: the handler's attributes. Python's numbers arrive as int32, float and bool, the
         types to declare in the handler; an int beyond 32 bits is an OverflowError.
 
@@ -62,12 +61,7 @@ def call(
       BrokenEnvironment: the library cannot be built or loaded.
     """
     _register()
-    function = jax.ffi.ffi_call(
-        target,
-        result_shape_dtypes,
-        vmap_method=vmap_method,
-        input_output_aliases=input_output_aliases,
-    )
+    function = jax.ffi.ffi_call(target, result_shape_dtypes, vmap_method="sequential")
     return function(*args, **{name: _attribute(value) for name, value in attributes.items()})
 
 

@@ -80,7 +80,7 @@ def compile_library(
 
     Args:
       nvcc: the compiler.
-      sources: each becomes one object; ptxas takes a minute for a large kernel.
+      sources: each becomes one object.
       library: replaced if it exists.
       log: receives every command and what it printed, also where one fails.
 

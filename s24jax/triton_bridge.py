@@ -18,6 +18,7 @@ from s24jax.typing import Array
 # jax-triton uses private parts of both jax and triton: these two versions go together, and with
 # jax 0.10 and 0.11.
 VERSIONS = {"triton": "3.6.0", "jax-triton": "0.3.1"}
+STAGES = 1  # no kernel here has a loop whose loads could run ahead
 COMPUTE_CAPABILITY = 90  # given, not asked of a device: a CPU can lower for the GPU then
 
 _CACHE = "TRITON_CACHE_DIR"
@@ -47,7 +48,6 @@ def call(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     num_warps: int,
-    num_stages: int = 1,
     **constants: int,
 ) -> list[Array]:
     """Launches a Triton kernel, once for each member of the batch under `jax.vmap`.
@@ -73,7 +73,7 @@ def call(
             out_shape=list(out_shape),
             grid=grid,
             num_warps=num_warps,
-            num_stages=num_stages,
+            num_stages=STAGES,
             compute_capability=COMPUTE_CAPABILITY,
             **constants,
         )
@@ -81,9 +81,7 @@ def call(
     return launch(*arrays)
 
 
-def compile_ahead(
-    kernel: Any, dtypes: Sequence[Any], *, num_warps: int, num_stages: int = 1, **constants: int
-) -> Any:
+def compile_ahead(kernel: Any, dtypes: Sequence[Any], *, num_warps: int, **constants: int) -> Any:
     """The kernel as `call` would compile it, with no GPU needed: `.asm` holds "ptx" and "cubin".
 
     Args:
@@ -100,7 +98,7 @@ def compile_ahead(
     return triton.compile(
         triton.compiler.ASTSource(kernel, signature, constants, aligned),
         target=triton.backends.compiler.GPUTarget("cuda", COMPUTE_CAPABILITY, 32),
-        options={"num_warps": num_warps, "num_stages": num_stages},
+        options={"num_warps": num_warps, "num_stages": STAGES},
     )
 
 

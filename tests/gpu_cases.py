@@ -85,6 +85,11 @@ def random_operand(
     return SplitOperand(sparse, jnp.asarray(draw(rng, (2, split.dense.size, tokens // 2))))
 
 
+# M, K, N of products that the kernel cuts along K: tiles for more than two waves, of which the last
+# ones are cut, and a single tile. tests/test_schedule.py checks that they are.
+CUT_PRODUCTS = [(8200, 4016, 1608), (72, 8016, 72)]
+
+
 class Launch(NamedTuple):
     """A function that launches one kernel, and its arguments."""
 

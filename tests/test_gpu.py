@@ -284,15 +284,7 @@ def test_matmul24(m, k, n, axis, grouping, draw):
 
 
 @draws
-@pytest.mark.parametrize(
-    "m, k, n",
-    [
-        # Tiles for more than two waves: whole ones, and ones that are cut.
-        (8200, 3008, 1608),
-        # One tile, cut.
-        (72, 8016, 72),
-    ],
-)
+@pytest.mark.parametrize("m, k, n", gpu_cases.CUT_PRODUCTS)
 def test_matmul24_in_every_way(m, k, n, draw):
     rng = np.random.default_rng(0)
     a = random_24(rng, m, k, draw, grouping=STRIDED)
@@ -478,7 +470,8 @@ def test_repeated_runs_are_identical(launch):
 @pytest.mark.parametrize("tile", range(len(tuning.TILES)))
 def test_repeated_runs_of_cut_tiles_are_identical(tile):
     rng = np.random.default_rng(0)
-    a, b = random_24(rng, 8200, 3008, normal), jnp.asarray(normal(rng, (3008, 1608)))
+    m, k, n = gpu_cases.CUT_PRODUCTS[0]
+    a, b = random_24(rng, m, k, normal), jnp.asarray(normal(rng, (k, n)))
     check_repeats(lambda: MATMUL(a, b, schedule=Schedule(tile, 8)))
 
 

@@ -164,7 +164,10 @@ REFUSALS = {
         ({"features": 280}, "F=280; pad it to a multiple of 16"),
         ({"tokens": 148}, None),
     ],
-    ("split_matmul24", "cuda"): PRODUCT,
+    ("split_matmul24", "cuda"): [
+        *PRODUCT,
+        ({"features": DENSE}, "every feature is dense, so this is no sparse product"),
+    ],
 }
 
 

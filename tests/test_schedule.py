@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 from typing import NamedTuple
 
+import gpu_cases
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -56,10 +57,12 @@ def walk(tmp_path_factory):
     subprocess.run(command, check=True, capture_output=True, text=True)
     function = ctypes.CDLL(str(library)).walk
 
-    def walk(*sizes):
+    def pointer(array):
+        return None if array is None else array.ctypes.data_as(ctypes.POINTER(ctypes.c_int))
+
+    def walk(*sizes, counts=None):
         out = np.zeros((100_000, len(Piece._fields)), np.int32)
-        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int))
-        count = function(*sizes, pointer, len(out))
+        count = function(*sizes, pointer(counts), pointer(out), len(out))
         assert count >= 0, "more pieces than expected"
         return [Piece(*row) for row in out[:count].tolist()]
 
@@ -76,6 +79,14 @@ sizes = st.tuples(
     st.sampled_from([1, 2, 57, 66, 72]),  # clusters
     st.sampled_from([0, 5, cuda.MOST_PARTIAL_SUMS]),  # partial sums
 )
+MULTIPROCESSORS = 132  # of the GPUs that the bench is for
+CLUSTERS = MULTIPROCESSORS // 2
+
+
+def walk_on_a_gpu(walk, tile, m, n, k, dense=0):
+    """With the workspace that the op asks for."""
+    partial_sums = cuda.most_partial_sums(m + dense, n, TILES[tile])
+    return walk(tile, m, dense, n, -(-k // cuda.LIST_BLOCK), 8, CLUSTERS, partial_sums)
 
 
 @settings(max_examples=300, deadline=None)
@@ -137,24 +148,43 @@ def test_cutting_shortens_the_longest_walk(walk, sizes):
         assert makespan(pieces) == whole
 
 
+@settings(max_examples=100, deadline=None)
+@given(sizes, st.integers(0, 2**32 - 1))
+def test_lists_of_k_blocks_are_multiplied_whole(walk, sizes, seed):
+    tile, rows, _, _, blocks, *_ = sizes
+    counts = np.random.default_rng(seed).integers(0, blocks + 1, -(-rows // TILES[tile].rows))
+    pieces = walk(*sizes, counts=counts.astype(np.int32))
+    assert all(piece.parts == 1 and piece.first == 0 for piece in pieces)
+    assert {piece.last for piece in pieces if piece.dense} <= {2 * blocks}
+    for piece in pieces:
+        assert piece.dense or piece.last == counts[piece.row_tile]
+
+
+@pytest.mark.parametrize("tile", range(len(TILES)))
+@pytest.mark.parametrize("m, k, n", gpu_cases.CUT_PRODUCTS)
+def test_what_the_gpu_tests_call_cut_is_cut(walk, m, k, n, tile):
+    assert any(piece.parts > 1 for piece in walk_on_a_gpu(walk, tile, m, n, k))
+
+
 @pytest.mark.parametrize(
     "m, dense, n, k, least",
     [
         (16384, 0, 4096, 16384, 0.98),
         (7680, 512, 2048, 16384, 0.9),
-        (26624, 2048, 8192, 8192, 0.97),
+        (15488, 896, 4096, 16384, 0.94),
+        (27136, 1536, 8192, 8192, 0.98),
         (512, 0, 192, 65536, 0.1),  # one tile
     ],
 )
 def test_clusters_are_busy(walk, m, dense, n, k, least):
-    """Of their time until the last is done, on a GPU with 132 multiprocessors."""
-    pieces = walk(0, m, dense, n, k // 128, 8, 66, cuda.MOST_PARTIAL_SUMS)
-    assert sum(piece.work for piece in pieces) / 66 / makespan(pieces) > least
+    """Of their time until the last is done."""
+    pieces = walk_on_a_gpu(walk, 0, m, n, k, dense)
+    assert sum(piece.work for piece in pieces) / CLUSTERS / makespan(pieces) > least
 
 
 def test_what_runs_together_reads_the_same_of_k(walk):
     """All parts of a turn, but for those of the narrow tiles, begin at few places along K."""
-    pieces = walk(0, 8192, 0, 2048, 128, 8, 66, cuda.MOST_PARTIAL_SUMS)
+    pieces = walk_on_a_gpu(walk, 0, 8192, 2048, 16384)
     assert any(piece.parts > 1 for piece in pieces)
     by_turn = itertools.groupby(sorted(pieces, key=lambda p: p.turn), key=lambda p: p.turn)
     for _, together in by_turn:

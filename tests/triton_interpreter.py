@@ -135,7 +135,7 @@ def _inline_asm(builder, asm, constraints, values, types, pure, pack):
     return Result()
 
 
-def _call(kernel, *arrays, out_shape, grid, num_warps, num_stages=1, **constants):
+def _call(kernel, *arrays, out_shape, grid, num_warps, **constants):
     """`triton_bridge.call`. Outputs start as garbage, as they do on a GPU."""
     inputs = [_Array(np.array(array)) for array in arrays]
     outputs = [_Array(np.empty(out.shape, out.dtype)) for out in out_shape]

@@ -11,7 +11,8 @@ from s24jax.errors import InvalidInput
 from s24jax.ops.matmul24 import tuning
 from s24jax.typing import Array, Float, Int
 
-# Of a tile that the kernel cuts along K, and of all of them together.
+# Into how many parts the kernel may cut a tile along K (dense rows, twice as long, into twice as
+# many), and of how many parts of all tiles it may leave a sum in the workspace.
 MOST_PARTS, MOST_PARTIAL_SUMS = 16, 144
 LIST_TILE = 0  # the tile whose rows share a list of K blocks
 LIST_ROWS, LIST_BLOCK = tuning.TILES[LIST_TILE].rows, 128
@@ -60,7 +61,8 @@ def matmul24(
     Args:
       schedule: instead of the tuned one.
       out_dtype: bfloat16 (None) or float32, which is the sum itself.
-      k_blocks: skip all other blocks along K, as if A were zero there.
+      k_blocks: skip all other blocks along K, as if A were zero there. The tile is then LIST_TILE,
+        whatever the schedule says.
 
     Raises:
       InvalidInput: `k_blocks` has the wrong shapes.
@@ -118,11 +120,15 @@ def launch(
       places: the row of the result where each row of A goes, and each of `dense`.
     """
     no_array = jnp.zeros((0,), jnp.int32)
+    tile = tuning.TILES[schedule.tile]
+    # In float32, each with four counters. Lists of K blocks are not cut.
+    partial_sums = 0 if k_blocks is not None else most_partial_sums(rows, b.shape[1], tile)
+    workspace = partial_sums * 4 * (tile.rows * tile.columns + 4)
     out, _ = cuda_library.call(
         "s24jax_matmul24",
         [
             jax.ShapeDtypeStruct((rows, b.shape[1]), out_dtype or b.dtype),
-            jax.ShapeDtypeStruct((_workspace_bytes(rows, b.shape[1], schedule),), jnp.uint8),
+            jax.ShapeDtypeStruct((workspace,), jnp.uint8),
         ],
         values,
         metadata,
@@ -137,10 +143,8 @@ def launch(
     return out
 
 
-def _workspace_bytes(rows: int, columns: int, schedule: tuning.Schedule) -> int:
-    """For the sums of parts of tiles in float32, each with four counters."""
-    tile = tuning.TILES[schedule.tile]
+def most_partial_sums(rows: int, columns: int, tile: tuning.Tile) -> int:
+    """Of parts of tiles, for a result of that size."""
     # A tile more for dense rows, which have tiles of their own.
     tiles = (-(-rows // tile.rows) + 1) * -(-columns // tile.columns)
-    partial_sums = min(MOST_PARTIAL_SUMS, MOST_PARTS * tiles)
-    return partial_sums * 4 * (tile.rows * tile.columns + 4)
+    return min(MOST_PARTIAL_SUMS, MOST_PARTS * tiles)

@@ -8,7 +8,10 @@ from s24jax.typing import Array, Float
 
 def reason_against(a: SplitOperand, b: Float[Array, "T N"], split: FeatureSplit) -> str | None:
     """Why this implementation cannot take the product here; None where it can."""
-    return cuda.reason_against(a.sparse, b)
+    reason = cuda.reason_against(a.sparse, b)
+    if reason is None and a.sparse.values.shape[0] == 0:
+        reason = "every feature is dense, so this is no sparse product"
+    return reason
 
 
 def split_matmul24(
