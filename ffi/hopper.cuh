@@ -26,6 +26,20 @@ __device__ __forceinline__ void cluster_sync() {
 
 // ---------------------------------------------------------------------------------------- mbarrier
 
+// A position in a ring of stages, and the parity of its barriers there.
+template <int STAGES>
+struct Cursor {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ void advance() {
+    if (++stage == STAGES) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
@@ -78,6 +92,10 @@ __device__ __forceinline__ uint4 load_shared_16(uint32_t from) {
                : "r"(from)
                : "memory");
   return words;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, uint32_t word) {
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(word) : "memory");
 }
 
 __device__ __forceinline__ void store_shared_16(uint32_t to, uint4 words) {
@@ -234,6 +252,17 @@ __device__ __forceinline__ void wgmma_sparse(float (&d)[N / 2], uint64_t a, uint
     static_assert(N == 256);
     S24_WGMMA_SPARSE(256, 128, "%128", "%129", "%130", "%131");
   }
+}
+
+// D[64, 256] = A[64, 16] * B[256, 16]^T, plus D where `add` is not 0: bf16, both K-major, float32
+// accumulation. PTX ISA, "wgmma.mma_async".
+__device__ __forceinline__ void wgmma_dense(float (&d)[128], uint64_t a, uint64_t b, int add) {
+  asm volatile(
+      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
+      "{" S24_NAMES_128 "}, %128, %129, add, 1, 1, 0, 0;\n}"
+      : S24_REGISTERS_128(d)
+      : "l"(a), "l"(b), "r"(add));
 }
 
 }  // namespace s24jax

@@ -29,20 +29,6 @@ static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <=
 constexpr uint32_t kKeepsFirstTwo = 0x44444444;  // metadata of members 0 and 1
 constexpr uint32_t kKeepsLastTwo = 0xEEEEEEEE;   // of members 2 and 3
 
-// A position in a ring.
-template <int STAGES>
-struct Cursor {
-  int stage = 0;
-  uint32_t parity = 0;
-
-  __device__ void advance() {
-    if (++stage == STAGES) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <typename T>
 struct Position {
   Cursor<T::A_STAGES> a;
@@ -445,7 +431,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(&arg.b);
   }
   cluster_sync();
-  const int warpgroup = threadIdx.x / 128;
+  // From one lane, so that the compiler knows that a warp's threads agree.
+  const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
   if (warpgroup == 0) {
     lower_registers<kProducerRegisters>();
     if (threadIdx.x == 0) announce<T>(arg, shared);

@@ -27,6 +27,10 @@ from s24jax.errors import BrokenEnvironment
 TARGETS = (
     "s24jax_feature_wise24",
     "s24jax_matmul24",
+    "s24jax_matmul_feature_wise24",
+    "s24jax_matmul_sparsify24",
+    "s24jax_relu2_ffn_dy1",
+    "s24jax_relu2_ffn_y2",
     "s24jax_sparsify24",
     "s24jax_split_features",
 )

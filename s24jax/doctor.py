@@ -15,6 +15,9 @@ from s24jax.ops import (
     dispatch,
     feature_wise24,
     matmul24,
+    matmul_feature_wise24,
+    matmul_sparsify24,
+    relu2_ffn,
     sparsify24,
     split_features,
     split_matmul24,
@@ -48,7 +51,7 @@ def report() -> str:
     lines.append(f"ops, for bfloat16 activations of T={T}, D={D}, F={F} and the full recipe")
     for op, case in _cases().items():
         for name in get_args(Implementation):
-            lines.append(f"  {op:15} {name:10} {_resolution(op, name, case)}")
+            lines.append(f"  {op:21} {name:10} {_resolution(op, name, case)}")
     return "\n".join(lines)
 
 
@@ -80,6 +83,9 @@ def _cases() -> dict[str, _Case]:
         partial(feature_wise24.reference.feature_wise24, **how), y2, y2, split
     )
     return {
+        "matmul_sparsify24": _Case(matmul_sparsify24.CANDIDATES, (dy3, w), {}),
+        "matmul_feature_wise24": _Case(matmul_feature_wise24.CANDIDATES, (dy3, w, y2, split), how),
+        "relu2_ffn": _Case(relu2_ffn.CANDIDATES, (dy3, w, w), {}),
         "sparsify24": _Case(sparsify24.CANDIDATES, (y1,), {}),
         "matmul24": _Case(matmul24.CANDIDATES, (y2, w), {}),
         "split_features": _Case(split_features.CANDIDATES, (counts,), {"dense_features": dense}),

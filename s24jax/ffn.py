@@ -10,7 +10,9 @@
                 dW_up = dY1^T @ X          2:4, the same mask
 
 X and the compressed Y2 are all that is saved: relu(Y1) is sqrt(Y2), and where the pruned Y2 is zero
-so is dY1. Source: Haziza et al. 2025, arXiv 2503.16672.
+so is dY1. The two dense products are ops of their own with what becomes of their result
+(`matmul_sparsify24`, `matmul_feature_wise24`), so that a kernel need not write Y1 or dY2 to memory.
+Source: Haziza et al. 2025, arXiv 2503.16672.
 """
 
 import math
@@ -26,6 +28,8 @@ from s24jax.errors import InvalidInput
 from s24jax.numerics import dot
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
+from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
@@ -81,15 +85,18 @@ def _ffn24(recipe, implementation, x_TD, w_up_FD, w_down_FD):
 
 def _forward(recipe, implementation, x_TD, w_up_FD, w_down_FD):
     """Y3 and what the backward pass needs of Y2: itself and its non-zeros per feature."""
+    if recipe.saves_pruned:
+        y2, counts_F = matmul_sparsify24(x_TD, w_up_FD, implementation=implementation)
+        return matmul24(y2, w_down_FD, implementation=implementation), (y2, counts_F)
     y1_TF = dot(x_TD, w_up_FD, contract=(1, 1))
-    y2_TF = None if recipe.saves_pruned else relu2(y1_TF)
+    y2_TF = relu2(y1_TF)
     if recipe.token_wise:
         y2, counts_F = sparsify24(y1_TF, implementation=implementation)
         y3_TD = matmul24(y2, w_down_FD, implementation=implementation)
     else:
         counts_F = jnp.sum(y2_TF != 0, axis=0, dtype=jnp.int32)
         y3_TD = dot(y2_TF, w_down_FD, contract=(1, 0))
-    return y3_TD, (y2 if recipe.saves_pruned else y2_TF, counts_F)
+    return y3_TD, (y2_TF, counts_F)
 
 
 def _ffn24_forward(recipe, implementation, x_TD, w_up_FD, w_down_FD):
@@ -100,34 +107,43 @@ def _ffn24_forward(recipe, implementation, x_TD, w_up_FD, w_down_FD):
 
 def _ffn24_backward(recipe, implementation, saved, dy3_TD):
     x_TD, w_up_FD, w_down_FD, y2, counts_F = saved
-    dy2_TF = dot(dy3_TD, w_down_FD, contract=(1, 1))
-    if recipe.saves_pruned:
-        dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
-        dx_TD = matmul24(dy1, w_up_FD, implementation=implementation)
-    else:
-        dy1 = relu2_gradient(y2, dy2_TF)
-        dx_TD = dot(dy1, w_up_FD, contract=(1, 0))
-    if recipe.feature_wise:
-        split = split_features(
-            counts_F, recipe.dense_features(counts_F.size), implementation=implementation
-        )
-        y2_split, dy1_split = feature_wise24(
-            y2,
-            dy1,
-            split,
-            grouping=recipe.grouping,
-            shared_mask=recipe.shared_feature_mask,
-            implementation=implementation,
-        )
-        dw_down_FD = split_matmul24(y2_split, dy3_TD, split, implementation=implementation)
-        dw_up_FD = split_matmul24(dy1_split, x_TD, split, implementation=implementation)
-    else:
+    if not recipe.feature_wise:
+        dy1 = _dy1(y2, dot(dy3_TD, w_down_FD, contract=(1, 1)))
         dw_down_FD = dot(_dense(y2), dy3_TD, contract=(0, 0))
         dw_up_FD = dot(_dense(dy1), x_TD, contract=(0, 0))
-    return dx_TD, dw_up_FD, dw_down_FD
+        return _dx(dy1, w_up_FD, implementation), dw_up_FD, dw_down_FD
+    split = split_features(
+        counts_F, recipe.dense_features(counts_F.size), implementation=implementation
+    )
+    prune = {
+        "grouping": recipe.grouping,
+        "shared_mask": recipe.shared_feature_mask,
+        "implementation": implementation,
+    }
+    if recipe.saves_pruned:
+        dy1, y2_split, dy1_split = matmul_feature_wise24(dy3_TD, w_down_FD, y2, split, **prune)
+    else:
+        dy1 = _dy1(y2, dot(dy3_TD, w_down_FD, contract=(1, 1)))
+        y2_split, dy1_split = feature_wise24(y2, dy1, split, **prune)
+    dw_down_FD = split_matmul24(y2_split, dy3_TD, split, implementation=implementation)
+    dw_up_FD = split_matmul24(dy1_split, x_TD, split, implementation=implementation)
+    return _dx(dy1, w_up_FD, implementation), dw_up_FD, dw_down_FD
 
 
 _ffn24.defvjp(_ffn24_forward, _ffn24_backward)
+
+
+def _dy1(y2: Compressed24 | Float[Array, "T F"], dy2_TF: Float[Array, "T F"]):
+    """2 * sqrt(Y2) * dY2, compressed under Y2's mask where Y2 is."""
+    if isinstance(y2, Compressed24):
+        return y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+    return relu2_gradient(y2, dy2_TF)
+
+
+def _dx(dy1: Compressed24 | Float[Array, "T F"], w_up_FD, implementation) -> Float[Array, "T D"]:
+    if isinstance(dy1, Compressed24):
+        return matmul24(dy1, w_up_FD, implementation=implementation)
+    return dot(dy1, w_up_FD, contract=(1, 0))
 
 
 def _dense(y: Compressed24 | Float[Array, "T F"]) -> Float[Array, "T F"]:

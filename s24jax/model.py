@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from s24jax.activation import relu2
 from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
 from s24jax.ops import dispatch
+from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.recipe import Recipe
 from s24jax.typing import Array, FFNMode, Float, Implementation, Int
 
@@ -35,19 +35,19 @@ class FFN(nnx.Module):
     swiglu    (silu(x W_gate^T) * (x W_up^T)) W_down
     gelu      gelu(x W_up^T) W_down
     relu2     relu(x W_up^T)^2 W_down
-    relu2_24  the same; `ffn24` in mode "sparse24", dense in mode "dense" (the warm-up)
+    relu2_24  `ffn24` in mode "sparse24", relu2 in mode "dense" (the warm-up)
 
     Args:
       width, hidden: D and F.
       kind: see above.
       recipe: of relu2_24.
-      implementation: of relu2_24's ops; the other kinds are compiled by XLA alone.
+      implementation: of the ops of relu2 and relu2_24; the other kinds are XLA's alone.
       output_gain: factor on the initial w_down.
       dtype: computation; parameters are float32.
 
     Raises:
       InvalidInput: unknown kind, or F does not fit the recipe.
-      Unsupported: a dense kind with a named implementation other than "reference".
+      Unsupported: swiglu or gelu with a named implementation other than "reference".
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class FFN(nnx.Module):
             )
         if kind == "relu2_24":
             check_hidden(hidden, recipe)
-        else:
+        elif kind != "relu2":
             only_xla = [dispatch.Candidate("reference", nnx.identity)]
             dispatch.resolve(f"ffn {kind}", implementation, only_xla)
         self.kind, self.recipe, self.implementation, self.dtype = (
@@ -95,11 +95,13 @@ class FFN(nnx.Module):
                     f"{self.kind!r}; use mode 'dense'"
                 )
             return ffn24(x, w_up, w_down, recipe=self.recipe, implementation=self.implementation)
+        if self.kind in ("relu2", "relu2_24"):
+            return relu2_ffn(x, w_up, w_down, implementation=self.implementation)
         y1 = self.pre_activation(x)
         if self.kind == "swiglu":
             y2 = jax.nn.silu(x @ self.w_gate[...].astype(self.dtype).T) * y1
         else:
-            y2 = jax.nn.gelu(y1) if self.kind == "gelu" else relu2(y1)
+            y2 = jax.nn.gelu(y1)
         return y2 @ w_down
 
     def pre_activation(self, x: Float[Array, "... D"]) -> Float[Array, "... F"]:

@@ -1,0 +1,315 @@
+// A dense product A [M, K] * B [N, K]^T whose tiles are handed to an epilogue, rounded to bf16, in
+// shared memory. So Y1 and dY2 are never in memory, whatever the FFN makes of them.
+//
+// Two warpgroups multiply. Of a third one, one warp copies what they multiply, and three run the
+// epilogue of a tile while the others are at the next. The two blocks of a cluster lie below each
+// other: each multiplies its own rows of A by the same rows of B, of which each copies its half to
+// both. The grid is one block per multiprocessor. Read: produce, multiply, hand_over, finish.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "error.cuh"
+#include "hopper.cuh"
+#include "tensor_map.cuh"
+#include "xla/ffi/api/ffi.h"
+
+namespace s24jax::dense_matmul {
+
+constexpr int kRows = 128, kColumns = 256;  // of a block's tile
+constexpr int kDepth = 64;                  // positions along K of a stage
+constexpr int kCluster = 2;
+constexpr int kConsumers = 2;  // warpgroups that multiply, 64 rows each
+// A product of 256 columns needs 154 registers a thread, so that no fourth warpgroup finds room.
+constexpr int kThreads = 128 * (1 + kConsumers);
+constexpr int kEpilogueWarps = 3;
+constexpr int kStages = 3;
+constexpr int kABytes = kRows * kDepth * 2, kBBytes = kColumns * kDepth * 2;
+constexpr int kStageBytes = kABytes + kBBytes;
+constexpr int kTileBytes = kRows * kColumns * 2;
+constexpr int kBarrierBytes = 1024;  // so that all behind them is aligned as the swizzle wants it
+
+// A tile lies in shared memory as panels of [128 rows][64 columns], 128 bytes a row, whose 16-byte
+// units change places with the row: unit u of row r is at u ^ r % 8.
+constexpr int kPanelColumns = 64;
+constexpr int kPanelBytes = kRows * kPanelColumns * 2;
+
+__device__ __forceinline__ uint32_t unit_of(uint32_t tile, int row, int column) {
+  return tile + column / kPanelColumns * kPanelBytes + row * 128 +
+         ((column % kPanelColumns / 8) ^ (row % 8)) * 16;
+}
+
+struct Arguments {
+  CUtensorMap a;  // as (k, y, z): a tile's rows are `box_y` of y and the whole of z
+  CUtensorMap b;
+  int box_y;
+  int row_tiles, column_tiles;  // of a cluster
+  int k_blocks;
+  int group;  // row tiles that are walked together, so that they share B in the L2 cache
+};
+
+struct Tile {
+  int row, column;  // in tiles of a block
+
+  __device__ int first_row() const { return row * kRows; }
+  __device__ int first_column() const { return column * kColumns; }
+};
+
+// The tiles of a block: of each wave one.
+class Walk {
+ public:
+  __device__ explicit Walk(const Arguments& arguments)
+      : arg_(arguments), next_(blockIdx.x / kCluster), rank_(cluster_rank()) {}
+
+  __device__ bool next(Tile& tile) {
+    if (next_ >= arg_.row_tiles * arg_.column_tiles) return false;
+    const int in_group = arg_.group * arg_.column_tiles;
+    const int first_row = next_ / in_group * arg_.group;
+    const int group = min(arg_.group, arg_.row_tiles - first_row);
+    tile.row = (first_row + next_ % in_group % group) * kCluster + rank_;
+    tile.column = next_ % in_group / group;
+    next_ += gridDim.x / kCluster;
+    return true;
+  }
+
+ private:
+  const Arguments& arg_;
+  int next_;
+  const int rank_;
+};
+
+// Shared memory, by address: barriers, stages, the tile.
+struct Shared {
+  uint32_t base;
+
+  __device__ uint32_t full(int stage) const { return base + stage * sizeof(uint64_t); }
+  __device__ uint32_t empty(int stage) const { return full(kStages + stage); }
+  __device__ uint32_t full_tile() const { return empty(kStages); }
+  __device__ uint32_t empty_tile() const { return full_tile() + sizeof(uint64_t); }
+  __device__ uint32_t a(int stage) const { return base + kBarrierBytes + stage * kStageBytes; }
+  __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
+  __device__ uint32_t tile() const { return a(kStages); }
+
+  static_assert((2 * kStages + 2) * sizeof(uint64_t) <= kBarrierBytes);
+};
+
+constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kTileBytes;
+
+// --------------------------------------------------------------------------------------- producer
+
+__device__ inline void produce(const Arguments& arg, const Shared& shared) {
+  constexpr uint16_t kAll = (1 << kCluster) - 1;
+  const int rank = cluster_rank();
+  Cursor<kStages> at;
+  Walk walk(arg);
+  Tile tile;
+  while (walk.next(tile)) {
+    for (int i = 0; i < arg.k_blocks; i++) {
+      const uint32_t full = shared.full(at.stage);
+      barrier_wait(shared.empty(at.stage), at.parity ^ 1);
+      barrier_arrive_expect(full, kStageBytes);
+      copy_box(shared.a(at.stage), &arg.a, full, i * kDepth, tile.row * arg.box_y, 0);
+      copy_box_multicast(shared.b(at.stage) + rank * (kBBytes / kCluster), &arg.b, full, kAll,
+                         i * kDepth, tile.first_column() + rank * (kColumns / kCluster), 0, 0);
+      at.advance();
+    }
+  }
+}
+
+// --------------------------------------------------------------------------------------- consumers
+
+// Descriptors of K-major operands whose rows of 128 bytes are swizzled; those of another address
+// differ in the lower half alone. Made once: between two stages there are few cycles to spare.
+struct Operand {
+  uint32_t low;
+
+  __device__ explicit Operand(uint32_t address)
+      : low(static_cast<uint32_t>(descriptor(address, 16, 1024, kSwizzle128))) {}
+  __device__ __forceinline__ uint64_t at(uint32_t offset) const {
+    constexpr uint64_t kHigh = uint64_t(1024 >> 4) << 32 | uint64_t(kSwizzle128) << 62;
+    return kHigh | (low + offset / 16);
+  }
+};
+
+__device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], const Arguments& arg,
+                                         const Shared& shared, const Operand& a, const Operand& b,
+                                         Cursor<kStages>& at, int thread) {
+  uint32_t before = 0;  // the barrier of what products may still read
+#pragma unroll 1
+  for (int i = 0; i < arg.k_blocks; i++) {
+    barrier_wait(shared.full(at.stage), at.parity);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < kDepth / 16; step++) {
+      const uint32_t offset = at.stage * kStageBytes + step * 32;
+      wgmma_dense(sums, a.at(offset), b.at(offset), i + step);
+    }
+    wgmma_commit();
+    wgmma_wait<1>();
+    if (before && thread < kCluster) barrier_arrive_at(before, thread);
+    before = shared.empty(at.stage);
+    at.advance();
+  }
+  wgmma_wait<0>();
+  if (before && thread < kCluster) barrier_arrive_at(before, thread);
+}
+
+// Rounds the sums into the tile.
+__device__ __forceinline__ void hand_over(const float (&sums)[kColumns / 2], uint32_t tile,
+                                          int first_row, int lane) {
+  const int row = first_row + lane / 4;
+#pragma unroll
+  for (int i = 0; i < kColumns / 8; i++) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const __nv_bfloat162 pair =
+          __float22bfloat162_rn(make_float2(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]));
+      store_shared(unit_of(tile, row + 8 * half, 8 * i) + lane % 4 * 4,
+                   reinterpret_cast<const uint32_t&>(pair));
+    }
+  }
+}
+
+__device__ inline void consume(const Arguments& arg, const Shared& shared, int warpgroup) {
+  const int thread = threadIdx.x % 128, lane = thread % 32;
+  const Operand a(shared.a(0) + warpgroup * 64 * kDepth * 2), b(shared.b(0));
+  Cursor<kStages> at;
+  Cursor<1> at_tile;
+  Walk walk(arg);
+  Tile tile;
+  while (walk.next(tile)) {
+    float sums[kColumns / 2];
+    multiply(sums, arg, shared, a, b, at, thread);
+    barrier_wait(shared.empty_tile(), at_tile.parity ^ 1);
+    hand_over(sums, shared.tile(), warpgroup * 64 + thread / 32 * 16, lane);
+    __syncwarp();
+    if (lane == 0) barrier_arrive(shared.full_tile());
+    at_tile.advance();
+  }
+}
+
+// ---------------------------------------------------------------------------------------- epilogue
+
+// An epilogue is what its kernel needs to know, and a type Run: each thread of its warps makes one,
+// and calls `prepare(tile)` before a tile is there and `finish(tile)` when it is.
+template <typename Epilogue>
+__device__ void finish(const Arguments& arg, const Epilogue& epilogue, const Shared& shared,
+                       int warp) {
+  typename Epilogue::Run run(epilogue, shared.tile(), warp);
+  Cursor<1> at_tile;
+  Walk walk(arg);
+  Tile tile;
+  while (walk.next(tile)) {
+    run.prepare(tile);
+    barrier_wait(shared.full_tile(), at_tile.parity);
+    run.finish(tile);
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty_tile());
+    at_tile.advance();
+  }
+}
+
+// ------------------------------------------------------------------------------------------ kernel
+
+template <typename Epilogue>
+__global__ void __launch_bounds__(kThreads, 1)
+    dense_matmul_kernel(const __grid_constant__ Arguments arg,
+                        const __grid_constant__ Epilogue epilogue) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  Shared shared{shared_address(memory)};
+  asm volatile("" : "+r"(shared.base));  // a register: the compiler made it anew for every stage
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < kStages; stage++) {
+      barrier_init(shared.full(stage), 1);
+      barrier_init(shared.empty(stage), kConsumers * kCluster);
+    }
+    barrier_init(shared.full_tile(), kConsumers * 4);
+    barrier_init(shared.empty_tile(), kEpilogueWarps);
+    barrier_init_fence();
+    prefetch_map(&arg.a);
+    prefetch_map(&arg.b);
+  }
+  cluster_sync();
+  // From one lane, so that the compiler knows that a warp's threads agree.
+  const int warp = __shfl_sync(0xFFFFFFFF, threadIdx.x / 32, 0), warpgroup = warp / 4;
+  if (warpgroup > 0) {
+    consume(arg, shared, warpgroup - 1);
+  } else if (warp > 0) {
+    finish(arg, epilogue, shared, warp - 1);
+  } else {
+    if (threadIdx.x == 0) produce(arg, shared);
+    __syncwarp();  // a warp arrives at the cluster's barrier as one
+  }
+  cluster_sync();  // no block leaves while another may still copy into it or arrive at it
+}
+
+// ------------------------------------------------------------------------------------------ launch
+
+// Which tokens are a tile's rows, as (y, z).
+struct Rows {
+  int64_t y, z;  // tokens along each
+  int64_t y_stride, z_stride;
+  int box_y;
+};
+
+// As they are.
+inline Rows natural_rows(int64_t tokens) { return {tokens, 1, 1, tokens, kRows}; }
+
+// Member m of group g is row 32m + g of a tile.
+inline Rows grouped_rows(int64_t tokens, bool strided) {
+  const int64_t groups = tokens / 4;
+  return {groups, 4, strided ? 1 : 4, strided ? groups : 1, kRows / 4};
+}
+
+// Launches A [M, K] * B [N, K]^T with this epilogue.
+template <typename Epilogue>
+xla::ffi::Error launch(const char* op, cudaStream_t stream,
+                       const xla::ffi::Buffer<xla::ffi::BF16>& a,
+                       const xla::ffi::Buffer<xla::ffi::BF16>& b, const Rows& rows, int group,
+                       const Epilogue& epilogue) {
+  const int64_t n = b.dimensions()[0], k = b.dimensions()[1];
+  Arguments arg = {};
+  if (!map_tensor(&arg.a, a.untyped_data(), 2, {k, rows.y, rows.z},
+                  {k * rows.y_stride, k * rows.z_stride},
+                  {kDepth, rows.box_y, kRows / rows.box_y}, CU_TENSOR_MAP_SWIZZLE_128B) ||
+      !map_tensor<4>(&arg.b, b.untyped_data(), 2, {k, n, 1, 1}, {k, k * n, k * n},
+                     {kDepth, kColumns / kCluster, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B)) {
+    return failed(op, "cuTensorMapEncodeTiled refused an operand");
+  }
+  const auto tiles = [](int64_t size, int of) { return static_cast<int>((size + of - 1) / of); };
+  arg.box_y = rows.box_y;
+  arg.row_tiles = tiles(rows.y, rows.box_y * kCluster);
+  arg.column_tiles = tiles(n, kColumns);
+  arg.k_blocks = tiles(k, kDepth);
+  arg.group = group;
+
+  int device, blocks;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(dense_matmul_kernel<Epilogue>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  }
+  if (error != cudaSuccess) return status(op, error);
+  blocks = std::min(blocks / kCluster, arg.row_tiles * arg.column_tiles) * kCluster;
+
+  cudaLaunchAttribute cluster;
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = kCluster;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = kSharedBytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  return status(op, cudaLaunchKernelEx(&config, dense_matmul_kernel<Epilogue>, arg, epilogue));
+}
+
+}  // namespace s24jax::dense_matmul
