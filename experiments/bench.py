@@ -1,12 +1,13 @@
 """Times the ops beside what users have today, on the same operand in the same process.
 
-python -m experiments.bench gemm|sparsify [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
+python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
-`gemm`: the four sparse products. `sparsify`: the passes that make their operands. `draw` makes
-table and figure anew from the rows of a file. `--tune` saves our kernel's fastest schedules.
+`gemm`: the four sparse products. `sparsify`: the passes that make their operands. `ffn`: the whole
+feed-forward network and its parts. `draw` makes table and figure anew from the rows of a file.
+`--tune` saves our kernel's fastest schedules.
 """
 
 import os
@@ -22,7 +23,7 @@ from absl import flags
 
 from experiments import cli
 from s24jax import device
-from s24jax.bench import gemm, sparsify
+from s24jax.bench import ffn, gemm, sparsify
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.rows import environment, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_names, parse_shapes
@@ -31,7 +32,7 @@ from s24jax.bench.tune import tune
 from s24jax.errors import InvalidInput
 from s24jax.writer import write_bytes
 
-BENCHES = {"gemm": gemm, "sparsify": sparsify}
+BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -47,7 +48,7 @@ def main(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
     if command not in (*BENCHES, "draw"):
         raise InvalidInput(
-            f"{command!r} is no bench; write gemm, sparsify or draw before the flags"
+            f"{command!r} is no bench; write gemm, sparsify, ffn or draw before the flags"
         )
     if FIGURE.value:
         check_format(FIGURE.value)

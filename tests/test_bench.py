@@ -122,7 +122,9 @@ def test_rates_and_ratios():
     assert nbytes["cuda"] == nbytes["cusparselt"] == 36 + 32 + 16
     rows = {
         row["implementation"]: row
-        for row in make_rows("gemm", "y3", Shape(4, 2, 8), results, nbytes, Size(4, 2, 8))
+        for row in make_rows(
+            "gemm", "y3", Shape(4, 2, 8), results, nbytes=nbytes, size=Size(4, 2, 8)
+        )
     }
     assert all(tuple(row) == KEYS for row in rows.values())
     ours = rows["cuda"]
@@ -140,7 +142,7 @@ def test_rates_and_ratios():
 
 def test_ratios_without_peers():
     results = {"cuda": Result(1e-3), "cublas": Result(note="torch is not installed")}
-    rows = make_rows("gemm", "y3", SMALL, results, dict.fromkeys(results, 1), Size(64, 32, 128))
+    rows = make_rows("gemm", "y3", SMALL, results, size=Size(64, 32, 128))
     assert rows[0]["ratio_to_dense"] is None
     assert rows[0]["ratio_to_cusparselt"] is None
 
@@ -635,7 +637,7 @@ def rows():
         }
         results["cusparselt"] = Result(note="torch is not installed; pip install torch")
         nbytes = {name: gemm._bytes(size, name) for name in results}
-        rows += make_rows("gemm", product, shape, results, nbytes, size)
+        rows += make_rows("gemm", product, shape, results, nbytes=nbytes, size=size)
     return rows
 
 
@@ -650,7 +652,8 @@ def sparsify_rows():
             name: Result(nbytes / 1e9 / speed[name])
             for name in names.get(product, ("cuda", "triton", "reference"))
         }
-        rows += make_rows("sparsify", product, shape, results, dict.fromkeys(results, nbytes))
+        nbytes = dict.fromkeys(results, nbytes)
+        rows += make_rows("sparsify", product, shape, results, nbytes=nbytes)
     return rows
 
 
@@ -886,7 +889,7 @@ def test_sparsify_end_to_end(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["gem"], "'gem' is no bench; write gemm, sparsify or draw before the flags"),
+        (["gem"], "'gem' is no bench; write gemm, sparsify, ffn or draw before the flags"),
         (["gemm"], "--shapes: 16384x2048x8192 and more are for a GPU; pass small ones"),
         (["gemm", "--shapes=64x32"], "'64x32' is no shape; write TxDxF"),
         (["sparsify", "--shapes=64x32x128", "--products=y3"], "--products: 'y3' does not exist"),

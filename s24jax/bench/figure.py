@@ -19,6 +19,7 @@ FORMATS = (".png", ".svg")
 _TITLES = {
     "gemm": "How fast are the sparse products?",
     "sparsify": "How fast are the sparse operands made?",
+    "ffn": "How fast is the feed-forward network?",
 }
 # split_features has no panel: a few kilobytes take as long as it takes to start a kernel.
 _PANELS = {
@@ -32,10 +33,13 @@ _PANELS = {
         "sparsify24": "Y1 to compressed Y2",
         "feature_wise24": "Y2 and dY1 to both weight gradients' operands",
     },
+    "ffn": {"forward": "forward", "backward": "backward", "both": "forward and backward"},
 }
 _COLOURS = {
     "cuda": "#0072B2",
     "cuda_split": "#56B4E9",
+    "unfused": "#56B4E9",
+    "relu2_cuda": "#E69F00",
     "triton": "#009E73",
     "cusparselt": "#D55E00",
     "cusparselt_compress": "#D55E00",
@@ -70,7 +74,7 @@ def bench_figure(rows: Sequence[Row]) -> Figure:
     timed = [row for row in rows if row["bench"] != ENVIRONMENT and row["ms"] is not None]
     bench = timed[0]["bench"] if timed else ""
     timed = [row for row in timed if row["bench"] == bench]
-    products = [p for p in _PANELS.get(bench, ()) if any(row["product"] == p for row in timed)]
+    products = [p for p in _PANELS.get(bench, ()) if any(_panel(row) == p for row in timed)]
     if not products:
         raise InvalidInput("the rows have no rate to draw; run a bench of another product")
     lines, columns = math.ceil(len(products) / 2), min(2, len(products))
@@ -88,7 +92,7 @@ def bench_figure(rows: Sequence[Row]) -> Figure:
 def _draw(axes: Axes, bench: str, product: str, rows: list[Row]) -> None:
     key, unit = RATES[bench]
     shapes = list(dict.fromkeys(_shape(row) for row in rows))
-    found = [row for row in rows if row["product"] == product]
+    found = [row for row in rows if _panel(row) == product]
     names = [name for name in _COLOURS if any(row["implementation"] == name for row in found)]
     width = 0.8 / len(names)
     for i, name in enumerate(names):
@@ -126,6 +130,11 @@ def _add_legend(figure: Figure, *, entries: int) -> None:
     ]
     handles = [found[label] for label in order]
     figure.legend(handles, order, loc="outside lower center", ncols=entries)
+
+
+def _panel(row: Row) -> str:
+    """The product, or the pass of a whole FFN."""
+    return row["pass"] if row["product"] == "ffn" else row["product"]
 
 
 def _shape(row: Row) -> tuple[int, int, int]:

@@ -51,7 +51,7 @@ def bench(
             makers |= _split_makers(operands, product)
         results = _with_dense_slice(measure(makers, rounds))
         nbytes = {name: _bytes(problem.size, name) for name in results}
-        yield make_rows("gemm", product, shape, results, nbytes, problem.size)
+        yield make_rows("gemm", product, shape, results, nbytes=nbytes, size=problem.size)
 
 
 def _makers(problem: Problem) -> dict[str, Callable[[], Contender]]:

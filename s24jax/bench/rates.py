@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from s24jax.bench.rows import Row
 
 # Bench: the row's key, and the words for it.
-RATES = {"gemm": ("tflops", "TFLOP/s of the dense product"), "sparsify": ("gbps", "GB/s")}
+RATES = {
+    "gemm": ("tflops", "TFLOP/s of the dense product"),
+    "sparsify": ("gbps", "GB/s"),
+    "ffn": ("tflops", "TFLOP/s of the dense products"),
+}
 # TFLOP/s of bfloat16 on random data, dense-equivalent: a loop of wgmma instructions, 128x256 tiles
 # from shared memory, and of the copies into it, without an epilogue. Short bursts on operands in
 # the L2 cache, so upper bounds. Measured for this project on one H200 (132 SMs, 700 W).
@@ -14,8 +18,11 @@ COPY = "copy"  # the product whose rate is the ceiling of a pass over memory
 
 
 def share_of_ceiling(row: Row, rows: Sequence[Row]) -> float | None:
-    """Of a 2:4 product's rate in its ceiling; of a pass's in the copy of the same run and shape."""
-    if row["ms"] is None:
+    """Of a 2:4 product's rate in its ceiling; of a pass's in the copy of the same run and shape.
+
+    None where there is no one ceiling: a whole FFN, a row without a time.
+    """
+    if row["ms"] is None or row["bench"] == "ffn":
         return None
     if row["bench"] == "gemm":
         return row["tflops"] / CEILINGS["2:4"]

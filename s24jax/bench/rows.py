@@ -9,13 +9,22 @@
     rel_error              ||out - oracle|| / ||oracle||, the oracle in float32
     note
 
+Rows of bench "ffn" have in addition
+
+    pass                   forward, backward, or both in one program
+    ratio_to_xla_dense     time of the dense FFN as XLA compiles it / time
+    ratio_to_fused_dense   time of our own dense FFN / time
+    saved_bytes            between forward and backward, X not counted; of the whole FFN
+    peak_bytes             arguments, results and temporaries of the pass; of the whole FFN
+
 The first row is the environment: bench is "environment", the other keys are the device, the commit,
 the command and a version for each package.
 """
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from s24jax.bench.shapes import Shape, Size
@@ -43,7 +52,7 @@ KEYS = (
     "note",
 )
 ENVIRONMENT = "environment"
-DENSE = ("xla_dense", "cublas")
+DENSE = ("xla_dense", "cublas", "relu2_cuda")
 CUSPARSELT = ("cusparselt", "cusparselt_compress")
 PEER_PACKAGES = ("torch", "triton", "jax-triton", "nvidia-cublas", "nvidia-cusparselt-cu13")
 
@@ -55,19 +64,23 @@ def make_rows(
     product: str,
     shape: Shape,
     results: dict[str, Result],
-    nbytes: dict[str, int],
+    *,
+    nbytes: Mapping[str, int] = MappingProxyType({}),
     size: Size | None = None,
+    flops: int | None = None,
 ) -> list[Row]:
     """The rows of one product at one shape.
 
     Args:
-      bench: "gemm" or "sparsify".
+      bench: "gemm", "sparsify" or "ffn".
       product: its name.
       shape: of the FFN.
       results: of each implementation.
-      nbytes: the fewest bytes that each implementation must move.
+      nbytes: the fewest bytes that each implementation must move, where that is its rate.
       size: of a matrix product.
+      flops: of several of them, dense.
     """
+    flops = size.flops if size else flops
     best_dense = _fastest(results, DENSE)
     cusparselt = _fastest(results, CUSPARSELT)
     what = {"bench": bench, "product": product, **shape._asdict()}
@@ -77,8 +90,8 @@ def make_rows(
         seconds = result.seconds
         values = {
             "ms": 1e3 * seconds if seconds else None,
-            "tflops": _ratio(size.flops / 1e12, seconds) if size else None,
-            "gbps": _ratio(nbytes[implementation] / 1e9, seconds),
+            "tflops": _ratio(flops / 1e12, seconds) if flops else None,
+            "gbps": _ratio(nbytes.get(implementation, 0) / 1e9, seconds),
             "ratio_to_dense": _ratio(best_dense, seconds),
             "ratio_to_cusparselt": _ratio(cusparselt, seconds),
             "rel_error": result.rel_error,

@@ -54,7 +54,8 @@ def bench(
         makers = _MAKERS[product](shape, operands)
         chosen = {name: make for name, make in makers.items() if name in implementations}
         nbytes = dict.fromkeys(chosen, fewest_bytes(product, shape))
-        yield make_rows("sparsify", product, shape, measure(chosen, rounds), nbytes)
+        results = measure(chosen, rounds)
+        yield make_rows("sparsify", product, shape, results, nbytes=nbytes)
 
 
 def fewest_bytes(product: str, shape: Shape) -> int:

@@ -14,6 +14,8 @@ from s24jax.bench.rows import ENVIRONMENT, Row
 OURS = "cuda"
 RATIOS = {
     "ratio_to_dense": (f"{OURS} : dense", "{:.2f}"),
+    "ratio_to_xla_dense": (f"{OURS} : xla_dense", "{:.2f}"),
+    "ratio_to_fused_dense": (f"{OURS} : relu2_cuda", "{:.2f}"),
     "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
     "share": ("of the ceiling", "{:.0%}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
@@ -41,10 +43,11 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        line = tuple(row[k] for k in ("T", "D", "F", "product", "M", "N", "K"))
+        product = " ".join(filter(None, [row["product"], row.get("pass")]))
+        line = tuple(row[k] for k in ("T", "D", "F")) + (product, row["M"], row["N"], row["K"])
         lines.setdefault(line, {})[row["implementation"]] = row
     ours = [row for row in rows if row["implementation"] == OURS]
-    ratios = {k: v for k, v in RATIOS.items() if any(row[k] is not None for row in ours)}
+    ratios = {k: v for k, v in RATIOS.items() if any(row.get(k) is not None for row in ours)}
     sizes = ["M", "N", "K"] if bench == "gemm" else []
     header = ["T, D, F", "product", *sizes, *names, *(title for title, _ in ratios.values())]
     notes: dict[str, int] = {}
@@ -58,6 +61,8 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     found = [f"{bench}: {unit} (ms)", "", *_aligned(header, body)]
     if bench == "gemm":
         found += _means(lines.values())
+    elif bench == "ffn":
+        found += _means(found for line, found in lines.items() if "ffn both" in line)
     return found + [line for note, i in notes.items() for line in ("", f"[{i}] {note}")]
 
 
@@ -79,9 +84,10 @@ def _means(lines: Iterable[dict[str, Row]]) -> list[str]:
 def _cell(row: Row | None, key: str, notes: dict[str, int]) -> str:
     if row is None:
         return ""
-    rate = "" if row["ms"] is None else f"{row[key]:,.4g} ({row['ms']:.3f})"
+    rate = "" if row[key] is None else f"{row[key]:,.4g}"
+    ms = "" if row["ms"] is None else f"({row['ms']:.3f})"
     note = f"[{notes.setdefault(row['note'], len(notes) + 1)}]" if row["note"] else ""
-    return " ".join(filter(None, [rate, note]))
+    return " ".join(filter(None, [rate, ms, note]))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,0 +1,322 @@
+"""The bench of the whole FFN: our fused 2:4 path, beside dense and beside 2:4 in separate passes.
+
+Implementations:
+    cuda        ffn24 on our kernels, every cost included
+    unfused     the same recipe with passes of their own: product, sparsify24, feature_wise24
+    relu2_cuda  dense, Squared ReLU in the epilogues of our products
+    xla_dense   dense, as a JAX user writes it
+    reference   ffn24 in pure JAX
+
+Products: `ffn` is the whole in three passes: forward; backward, from what the forward saved; both
+in one program. The others are its parts, one at a time.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.special import ndtri
+
+from s24jax.activation import relu2, relu2_gradient
+from s24jax.bench.operands import DTYPE, STRIDED, dense_features, densities
+from s24jax.bench.products import relative_error
+from s24jax.bench.rows import Row, make_rows
+from s24jax.bench.shapes import Shape
+from s24jax.bench.timing import Contender, Result, measure
+from s24jax.ffn import ffn24
+from s24jax.ops import dispatch
+from s24jax.ops.feature_wise24 import feature_wise24
+from s24jax.ops.matmul24 import matmul24
+from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
+from s24jax.ops.relu2_ffn import CANDIDATES, relu2_ffn
+from s24jax.ops.relu2_ffn import cuda as relu2_cuda
+from s24jax.ops.sparsify24 import sparsify24
+from s24jax.ops.split_features import split_features
+from s24jax.ops.split_matmul24 import split_matmul24
+from s24jax.recipe import Recipe
+from s24jax.typing import Array, Float
+
+PASSES = {"forward": 2, "backward": 4, "both": 6}  # products of 2*T*D*F in each
+PARTS = {
+    "up": "forward",
+    "y3": "forward",
+    "split": "backward",
+    "mid": "backward",
+    "dx": "backward",
+    "dw_down": "backward",
+    "dw_up": "backward",
+}
+PRODUCTS = ("ffn", *PARTS)
+IMPLEMENTATIONS = ("cuda", "unfused", "relu2_cuda", "xla_dense", "reference")
+DENSE = ("relu2_cuda", "xla_dense")
+RATIOS = {"ratio_to_xla_dense": "xla_dense", "ratio_to_fused_dense": "relu2_cuda"}
+_LOG = logging.getLogger(__name__)
+
+FFN = Callable[[Array, Array, Array], Array]
+Makers = dict[str, Callable[[], Contender]]
+
+
+class Operands(NamedTuple):
+    """X, both weights, and the gradient of the output."""
+
+    x_TD: Float[Array, "T D"]
+    w_up_FD: Float[Array, "F D"]
+    w_down_FD: Float[Array, "F D"]
+    dy3_TD: Float[Array, "T D"]
+
+
+class Compiled(NamedTuple):
+    """A compiled function of arrays, and the bytes that it holds at its peak."""
+
+    call: Callable[[], Any]
+    peak_bytes: int
+
+
+def bench(
+    shapes: Sequence[Shape], products: Sequence[str], implementations: Sequence[str], rounds: int
+) -> Iterator[list[Row]]:
+    """The rows of each pass and part at each shape, as soon as they are there."""
+    for shape in shapes:
+        operands = make_operands(shape)
+        if "ffn" in products:
+            yield from _whole(shape, operands, implementations, rounds)
+        parts = [part for part in PARTS if part in products]
+        if parts:
+            makers = _part_makers(operands)
+        for part in parts:
+            _LOG.info("ffn: %s of %s", part, shape)
+            chosen = {n: m for n, m in makers[part].items() if n in implementations}
+            yield _rows(shape, part, PARTS[part], measure(chosen, rounds), int(part != "split"))
+
+
+@partial(jax.jit, static_argnums=0)
+def make_operands(shape: Shape) -> Operands:
+    """Operands whose Y2 has the zeros of a trained model (`s24jax.bench.operands`).
+
+    X's first column is 1, so that W_up's first column sets how often each feature is active; Y1 is
+    normal, of unit variance.
+    """
+    keys = jax.random.split(jax.random.key(2), 5)
+    T, D, F = shape
+    x = jax.random.normal(keys[0], (T, D)).at[:, 0].set(1)
+    w_up = jax.random.normal(keys[1], (F, D)) * (D - 1) ** -0.5
+    w_up = w_up.at[:, 0].set(ndtri(densities(keys[2], F)))
+    w_down = jax.random.normal(keys[3], (F, D)) * F**-0.5
+    dy3 = jax.random.normal(keys[4], (T, D))
+    return Operands(*(a.astype(DTYPE) for a in (x, w_up, w_down, dy3)))
+
+
+def recipe_of(shape: Shape) -> Recipe:
+    """The full recipe; small widths, as of tests, have smaller tiles."""
+    dense = dense_features(shape.F)
+    return Recipe(dense_share=dense / shape.F, dense_multiple=1)
+
+
+# --------------------------------------------------------------------------------------- the whole
+
+
+def _whole(shape, operands, implementations, rounds) -> Iterator[list[Row]]:
+    ffns = {n: ffn for n, ffn in _ffns(recipe_of(shape)).items() if n in implementations}
+    oracles = {
+        dense: jax.device_get(_oracle(dense, recipe_of(shape), operands)) for dense in (True, False)
+    }
+    for name in PASSES:
+        _LOG.info("ffn: %s of %s", name, shape)
+        peaks, saved = {}, {}
+
+        def make(implementation, name=name, peaks=peaks, saved=saved) -> Contender:
+            compiled, saved[implementation] = _compile(name, ffns[implementation], operands)
+            peaks[implementation] = compiled.peak_bytes
+            oracle = oracles[implementation in DENSE][name]
+            return Contender(compiled.call, partial(_worst_error, oracle=oracle))
+
+        results = measure({n: partial(make, n) for n in ffns}, rounds)
+        rows = _rows(shape, "ffn", name, results, PASSES[name])
+        for row in rows:
+            row["saved_bytes"] = saved.get(row["implementation"])
+            row["peak_bytes"] = peaks.get(row["implementation"])
+        yield rows
+
+
+def _ffns(recipe: Recipe) -> dict[str, FFN]:
+    return {
+        "cuda": partial(ffn24, recipe=recipe, implementation="cuda"),
+        "unfused": partial(unfused_ffn24, recipe),
+        "relu2_cuda": partial(relu2_ffn, implementation="cuda"),
+        "xla_dense": xla_dense,
+        "reference": partial(ffn24, recipe=recipe, implementation="reference"),
+    }
+
+
+def xla_dense(x_TD: Array, w_up_FD: Array, w_down_FD: Array) -> Array:
+    """What XLA is usually given."""
+    return jnp.square(jax.nn.relu(x_TD @ w_up_FD.T)) @ w_down_FD
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unfused_ffn24(recipe: Recipe, x_TD: Array, w_up_FD: Array, w_down_FD: Array) -> Array:
+    """The full recipe with a pass over memory wherever `ffn24` has an epilogue."""
+    return _unfused_forward(recipe, x_TD, w_up_FD, w_down_FD)[0]
+
+
+def _unfused_forward(recipe, x_TD, w_up_FD, w_down_FD):
+    y2, counts_F = sparsify24(x_TD @ w_up_FD.T, implementation="cuda")
+    y3_TD = matmul24(y2, w_down_FD, implementation="cuda")
+    return y3_TD, (x_TD, w_up_FD, w_down_FD, y2, counts_F)
+
+
+def _unfused_backward(recipe, saved, dy3_TD):
+    x_TD, w_up_FD, w_down_FD, y2, counts_F = saved
+    dy2_TF = dy3_TD @ w_down_FD.T
+    dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+    split = split_features(counts_F, recipe.dense_features(counts_F.size), implementation="cuda")
+    y2_split, dy1_split = feature_wise24(
+        y2, dy1, split, grouping=recipe.grouping, shared_mask=True, implementation="cuda"
+    )
+    dx_TD = matmul24(dy1, w_up_FD, implementation="cuda")
+    dw_up_FD = split_matmul24(dy1_split, x_TD, split, implementation="cuda")
+    dw_down_FD = split_matmul24(y2_split, dy3_TD, split, implementation="cuda")
+    return dx_TD, dw_up_FD, dw_down_FD
+
+
+unfused_ffn24.defvjp(_unfused_forward, _unfused_backward)
+
+
+def _compile(name: str, ffn: FFN, operands: Operands) -> tuple[Compiled, int]:
+    """A pass of an FFN, and the bytes saved between forward and backward, X and weights apart."""
+    *inputs, dy3_TD = operands
+
+    def both(x, w_up, w_down, dy3):
+        y3, pull_back = jax.vjp(ffn, x, w_up, w_down)
+        return y3, pull_back(dy3)
+
+    pull_back = jax.jit(lambda *inputs: jax.vjp(ffn, *inputs)[1])(*inputs)
+    given = {tuple(sorted(array.shape)) for array in inputs}  # as they are, or transposed
+    leaves = [leaf for leaf in jax.tree.leaves(pull_back) if tuple(sorted(leaf.shape)) not in given]
+    saved = sum(leaf.nbytes for leaf in leaves)
+    if name == "forward":
+        return _compiled(ffn, *inputs), saved
+    if name == "backward":
+        return _compiled(lambda pull_back, dy3: pull_back(dy3), pull_back, dy3_TD), saved
+    return _compiled(both, *operands), saved
+
+
+def _compiled(function: Callable, *arguments) -> Compiled:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory = compiled.memory_analysis()
+    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
+    return Compiled(partial(compiled, *arguments), sum(sizes))
+
+
+def _oracle(dense: bool, recipe: Recipe, operands: Operands) -> dict[str, Any]:
+    """Outputs of each pass in float32, from the same bfloat16 operands."""
+    ffn = xla_dense if dense else partial(ffn24, recipe=recipe, implementation="reference")
+
+    @jax.jit
+    def run(operands):
+        *inputs, dy3 = (a.astype(jnp.float32) for a in operands)
+        y3, pull_back = jax.vjp(ffn, *inputs)
+        return y3, pull_back(dy3)
+
+    with jax.default_matmul_precision("highest"):
+        y3, gradients = run(operands)
+    return {"forward": y3, "backward": gradients, "both": (y3, gradients)}
+
+
+def _worst_error(out: Any, *, oracle: Any) -> float:
+    pairs = zip(jax.tree.leaves(out), jax.tree.leaves(oracle), strict=True)
+    return max(float(relative_error(ours, theirs)) for ours, theirs in pairs)
+
+
+# ---------------------------------------------------------------------------------------- its parts
+
+
+def _part_makers(operands: Operands) -> dict[str, Makers]:
+    x, w_up, w_down, dy3 = operands
+    y1_dense = jax.jit(lambda x, w: x @ w.T)(x, w_up)
+    y2_dense = jax.jit(relu2)(y1_dense)
+    dense = dense_features(w_up.shape[0])
+    y2, counts = jax.jit(partial(sparsify24, implementation="reference"))(y1_dense)
+    split = jax.jit(partial(split_features, dense_features=dense, implementation="reference"))(
+        counts
+    )
+
+    @jax.jit
+    def backward(dy3, w_down, y2, split):
+        return matmul_feature_wise24(
+            dy3,
+            w_down,
+            y2,
+            split,
+            grouping=STRIDED,
+            shared_mask=True,
+            implementation="reference",
+        )
+
+    dy1, y2_split, dy1_split = backward(dy3, w_down, y2, split)
+    dy1_dense = jax.jit(lambda dy1: dy1.decompress())(dy1)
+    ours = {"implementation": "cuda"}
+    mid = partial(matmul_feature_wise24, grouping=STRIDED, shared_mask=True, **ours)
+    plain = {
+        "y3": (lambda a, b: a @ b, y2_dense, w_down),
+        "dx": (lambda a, b: a @ b, dy1_dense, w_up),
+        "dw_down": (lambda a, b: a.T @ b, y2_dense, dy3),
+        "dw_up": (lambda a, b: a.T @ b, dy1_dense, x),
+    }
+    cuda = {
+        "up": (partial(matmul_sparsify24, **ours), x, w_up),
+        "y3": (partial(matmul24, **ours), y2, w_down),
+        "split": (partial(split_features, dense_features=dense, **ours), counts),
+        "mid": (mid, dy3, w_down, y2, split),
+        "dx": (partial(matmul24, **ours), dy1, w_up),
+        "dw_down": (partial(split_matmul24, **ours), y2_split, dy3, split),
+        "dw_up": (partial(split_matmul24, **ours), dy1_split, x, split),
+    }
+    fused_dense = {
+        "up": (relu2_cuda.y2_of, x, w_up),
+        "mid": (relu2_cuda.dy1_of, dy3, w_down, y2_dense),
+    }
+    xla = plain | {
+        "up": (lambda x, w: jnp.square(jax.nn.relu(x @ w.T)), x, w_up),
+        "mid": (lambda dy3, w, y1: 2 * jax.nn.relu(y1) * (dy3 @ w.T), dy3, w_down, y1_dense),
+    }
+    calls = {"cuda": cuda, "xla_dense": xla}
+    makers = {
+        part: {n: partial(_contender, *parts[part]) for n, parts in calls.items() if part in parts}
+        for part in PARTS
+    }
+    for part, call in fused_dense.items():
+        makers[part]["relu2_cuda"] = partial(_dense_contender, *call)
+    return makers
+
+
+def _contender(function: Callable, *arguments) -> Contender:
+    return Contender(partial(jax.jit(function), *arguments))
+
+
+def _dense_contender(function: Callable, a_TD: Array, w_FD: Array, *more) -> Contender:
+    """Of a kernel of `relu2_ffn`, which raises where that does."""
+    dispatch.resolve("relu2_ffn", "cuda", CANDIDATES, a_TD, w_FD, w_FD)
+    return _contender(function, a_TD, w_FD, *more)
+
+
+# --------------------------------------------------------------------------------------------- rows
+
+
+def _rows(
+    shape: Shape, product: str, name: str, results: dict[str, Result], products: int
+) -> list[Row]:
+    """Rows with what this bench adds; `products` of 2*T*D*F each are in the time."""
+    flops = 2 * shape.T * shape.D * shape.F * products
+    rows = make_rows("ffn", product, shape, results, flops=flops)
+    ms = {row["implementation"]: row["ms"] for row in rows}
+    for row in rows:
+        row["pass"] = name
+        for key, other in RATIOS.items():
+            row[key] = ms[other] / row["ms"] if ms.get(other) and row["ms"] else None
+        row["saved_bytes"] = row["peak_bytes"] = None
+    return rows
