@@ -18,6 +18,9 @@ from s24jax.feature_split import FeatureSplit
 from s24jax.ops.feature_wise24 import SplitOperand, feature_wise24
 from s24jax.ops.matmul24 import cuda
 from s24jax.ops.matmul24.tuning import TILES, Schedule
+from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
+from s24jax.ops.relu2_ffn import cuda as relu2_cuda
 from s24jax.ops.sparsify24 import sparsify24, triton
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
@@ -115,6 +118,10 @@ def launches() -> dict[str, Launch]:
     b = jnp.asarray(normal(rng, (208, 200)))
     listed_a = random_24(rng, 1100, 528, normal)
     listed_b = jnp.asarray(normal(rng, (528, 264)))
+    # Two tiles of a dense product below each other and two side by side, filled in part.
+    x, w = jnp.asarray(normal(rng, (270, 136))), jnp.asarray(normal(rng, (272, 136)))
+    dy3 = jnp.asarray(normal(rng, (144, 136)))
+    y2_dense = jnp.asarray(np.abs(normal(rng, (270, 272))))
     # One tile of sparse rows and one of dense ones, cut likewise.
     split = random_split(rng, 144, 40)
     operand = random_operand(rng, 2576, split, normal)
@@ -133,6 +140,23 @@ def launches() -> dict[str, Launch]:
             )
             for grouping in (STRIDED, ADJACENT)
         },
+        "matmul_sparsify24": Launch(
+            functools.partial(matmul_sparsify24, implementation="cuda"), (x, w)
+        ),
+        **{
+            f"matmul_feature_wise24 {grouping.kind}": Launch(
+                functools.partial(
+                    matmul_feature_wise24,
+                    grouping=grouping,
+                    shared_mask=True,
+                    implementation="cuda",
+                ),
+                (dy3, w, y2.with_values(abs(y2.values)), feature_split),
+            )
+            for grouping in (STRIDED, ADJACENT)
+        },
+        "relu2_ffn y2": Launch(relu2_cuda.y2_of, (x, w)),
+        "relu2_ffn dy1": Launch(relu2_cuda.dy1_of, (x, w, y2_dense)),
         **{
             f"matmul24 tile {tile}": Launch(
                 functools.partial(cuda.matmul24, schedule=Schedule(tile, 4), out_dtype=jnp.float32),

@@ -19,7 +19,7 @@ def resolutions() -> dict[tuple[str, str], str]:
     """The lines of the report's ops, by op and name of an implementation."""
     lines = doctor.report().splitlines()
     (first,) = (i for i, line in enumerate(lines) if line.startswith("ops, "))
-    return {tuple(line.split()[:2]): line[29:] for line in lines[first + 1 :]}
+    return {tuple(line.split()[:2]): line[35:] for line in lines[first + 1 :]}
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +51,10 @@ def test_on_a_hopper_gpu_it_builds_and_runs_nothing(monkeypatch):
         "Triton": "ready",
     }
     found = resolutions()
-    ops = ("sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24")
+    ops = (
+        *("matmul_sparsify24", "matmul_feature_wise24", "relu2_ffn", "sparsify24", "matmul24"),
+        *("split_features", "feature_wise24", "split_matmul24"),
+    )
     assert list(found) == [(op, name) for op in ops for name in get_args(Implementation)]
     for op in ops:
         fastest = "triton" if op == "sparsify24" else "cuda"

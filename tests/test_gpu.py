@@ -35,6 +35,9 @@ from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import cuda as matmul24_cuda
 from s24jax.ops.matmul24 import matmul24, tuning
 from s24jax.ops.matmul24.tuning import Schedule
+from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
+from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.sparsify24 import triton as sparsify24_triton
 from s24jax.ops.split_features import split_features
@@ -376,6 +379,119 @@ def test_split_matmul24_is_the_reference(dense, grouping, draw):
         oracles.assert_close(actual, expected)
 
 
+# ------------------------------------------------------------------------ dense products, epilogues
+
+SMALLEST = (4, 8, 16)
+FUSED_SHAPES = [SMALLEST, (128, 64, 256), (260, 72, 272), (1000, 136, 1008), (4096, 512, 2048)]
+fused_shapes = pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
+MATMUL_SPARSIFY = {
+    name: jax.jit(
+        functools.partial(matmul_sparsify24, implementation=name), compiler_options=UNTUNED
+    )
+    for name in ("reference", "cuda")
+}
+MATMUL_FEATURE_WISE = {
+    name: jax.jit(
+        functools.partial(matmul_feature_wise24, shared_mask=True, implementation=name),
+        static_argnames="grouping",
+        compiler_options=UNTUNED,
+    )
+    for name in ("reference", "cuda")
+}
+
+
+@fused_shapes
+def test_matmul_sparsify24_is_the_reference(shape):
+    """Of integers, whose products are exact: the same Y1, and so the same bits."""
+    rng = np.random.default_rng(0)
+    tokens, width, features = shape
+    x, w_up = (jnp.asarray(integers(rng, (rows, width))) for rows in (tokens, features))
+    assert_same(*(MATMUL_SPARSIFY[name](x, w_up) for name in ("cuda", "reference")))
+
+
+def test_matmul_sparsify24_of_what_is_no_number():
+    """A token with a NaN is NaN in every feature, one with an infinity in some."""
+    rng = np.random.default_rng(0)
+    x = integers(rng, (260, 72))
+    x[7, 3], x[200, 5], x[259, 71] = np.nan, np.inf, -np.inf
+    w_up = jnp.asarray(integers(rng, (272, 72)))
+    actual, expected = (
+        MATMUL_SPARSIFY[name](jnp.asarray(x), w_up) for name in ("cuda", "reference")
+    )
+    assert np.isnan(np.asarray(actual[0].values, np.float32)).any()
+    assert_same(actual, expected)
+
+
+def test_matmul_sparsify24_of_values_that_round():
+    """The order of a sum may decide between neighbours; hardly ever more than that."""
+    rng = np.random.default_rng(0)
+    x, w_up = jnp.asarray(normal(rng, (1000, 136))), jnp.asarray(normal(rng, (1008, 136)))
+    (y2, counts), (expected, expected_counts) = (
+        MATMUL_SPARSIFY[name](x, w_up) for name in ("cuda", "reference")
+    )
+    assert np.mean(np.asarray(y2.metadata) != np.asarray(expected.metadata)) < 1e-2
+    assert np.abs(np.asarray(counts) - np.asarray(expected_counts)).max() <= 1
+    assert relative_error(y2.decompress(), expected.decompress().astype(jnp.float32)) < 2e-2
+
+
+@fused_shapes
+@groupings
+def test_matmul_feature_wise24_is_the_reference(shape, grouping):
+    """Of integers, and of a Y2 of squares, whose roots are exact."""
+    rng = np.random.default_rng(0)
+    tokens, width, features = shape
+    dy3, w_down = (jnp.asarray(integers(rng, (rows, width))) for rows in (tokens, features))
+    y2 = random_24(rng, tokens, features, integers)
+    y2 = y2.with_values(y2.values * y2.values)
+    split = gpu_cases.random_split(rng, features, features // 8)
+    actual, expected = (
+        MATMUL_FEATURE_WISE[name](dy3, w_down, y2, split, grouping=grouping)
+        for name in ("cuda", "reference")
+    )
+    assert_same(actual, expected)
+
+
+def test_matmul_feature_wise24_of_values_that_round():
+    """Masks are Y2's alone."""
+    rng = np.random.default_rng(0)
+    dy3, w_down = jnp.asarray(normal(rng, (1000, 136))), jnp.asarray(normal(rng, (1008, 136)))
+    y2 = random_24(rng, 1000, 1008, y2_values)
+    y2 = y2.with_values(jnp.where(jnp.isfinite(y2.values), y2.values, 0))
+    split = gpu_cases.random_split(rng, 1008, 128)
+    actual, expected = (
+        MATMUL_FEATURE_WISE[name](dy3, w_down, y2, split, grouping=STRIDED)
+        for name in ("cuda", "reference")
+    )
+    assert_same(actual.y2_split, expected.y2_split)
+    for ours, theirs in (
+        (actual.dy1.values, expected.dy1.values),
+        (actual.dy1_split.sparse.values, expected.dy1_split.sparse.values),
+        (actual.dy1_split.dense, expected.dy1_split.dense),
+    ):
+        oracles.assert_close(ours, theirs)
+
+
+@functools.partial(jax.jit, static_argnames="implementation", compiler_options=UNTUNED)
+def relu2_ffn_and_gradients(x, w_up, w_down, dy3, implementation):
+    ffn = functools.partial(relu2_ffn, implementation=implementation)
+    y3, pull = jax.vjp(ffn, x, w_up, w_down)
+    return y3, *pull(dy3)
+
+
+@draws
+@fused_shapes
+def test_relu2_ffn_is_the_reference(shape, draw):
+    rng = np.random.default_rng(0)
+    tokens, width, features = shape
+    sizes = [(tokens, width), (features, width), (features, width), (tokens, width)]
+    data = [jnp.asarray(draw(rng, size)) for size in sizes]
+    actual, expected = (
+        relu2_ffn_and_gradients(*data, implementation=name) for name in ("cuda", "reference")
+    )
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert relative_error(ours, theirs.astype(jnp.float32)) < 1e-2
+
+
 # ----------------------------------------------------------- what only a kernel can get wrong: runs
 
 LAUNCHES = [
@@ -384,6 +500,11 @@ LAUNCHES = [
     "split_features",
     "feature_wise24 strided",
     "feature_wise24 adjacent",
+    "matmul_sparsify24",
+    "matmul_feature_wise24 strided",
+    "matmul_feature_wise24 adjacent",
+    "relu2_ffn y2",
+    "relu2_ffn dy1",
     "matmul24 tile 0",
     "matmul24 tile 1",
     "matmul24 tile 0 cut",
@@ -479,14 +600,17 @@ def test_repeated_runs_of_cut_tiles_are_identical(tile):
 
 
 def layer(inputs, *, implementation: str):
-    """What a layer does between its dense products: every kernel of CUDA's."""
+    """What the layers of all recipes do: every kernel of CUDA's but those of dense layers."""
     y1, dy2, x, dy3, w_up, w_down = inputs
     how = {"implementation": implementation}
     y2, counts = sparsify24(y1, **how)
     dy1 = y2.gather(dy2)
     split = split_features(counts, 40, **how)
-    y2_split, dy1_split = feature_wise24(y2, dy1, split, grouping=STRIDED, shared_mask=True, **how)
+    prune = {"grouping": STRIDED, "shared_mask": True, **how}
+    y2_split, dy1_split = feature_wise24(y2, dy1, split, **prune)
     return {
+        "up": matmul_sparsify24(x, w_up, **how),
+        "mid": matmul_feature_wise24(dy3, w_down, y2.with_values(abs(y2.values)), split, **prune),
         "y3": matmul24(y2, w_down, **how),
         "dx": matmul24(dy1, w_up, **how),
         "dw_down": split_matmul24(y2_split, dy3, split, **how),
@@ -559,7 +683,7 @@ def test_cuda_graphs(tmp_path):
         replay = replay.lower(inputs, "cuda").compile()
     (listing,) = tmp_path.glob("*jit_layers*thunk_sequence_after_thunk_passes*")
     calls = [kinds for kinds in around(listing.read_text()) if kinds[-1] == "kCustomCall"]
-    assert len(calls) >= 7, listing.read_text()
+    assert len(calls) >= 9, listing.read_text()
     assert all("kCommandBuffer" in kinds for kinds in calls), listing.read_text()
 
     expect = jax.jit(layers, static_argnums=1, compiler_options=UNTUNED)
@@ -650,8 +774,11 @@ def test_ffn24_chooses_the_kernels():
         one_layer, *data, recipe=Recipe(dense_multiple=32), implementation="auto"
     )
     chosen = {choice.op: choice for choice in dispatch.choices() if choice.requested == "auto"}
-    for op in ("sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24"):
-        assert chosen[op].implementation in ("cuda", "triton"), chosen[op]
+    for op in (
+        *("matmul_sparsify24", "matmul24", "split_features"),
+        *("matmul_feature_wise24", "split_matmul24"),
+    ):
+        assert chosen[op].implementation == "cuda", chosen[op]
 
 
 # -------------------------------------------------------------------------------- compute-sanitizer

@@ -31,6 +31,8 @@ from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import SplitOperand
 from s24jax.ops.matmul24 import cuda as matmul24_cuda
 from s24jax.ops.matmul24.tuning import Schedule
+from s24jax.ops.relu2_ffn import cuda as relu2_ffn_cuda
+from s24jax.ops.relu2_ffn import relu2_ffn
 
 T, D, F, DENSE = 144, 72, 272, 16
 RECIPE = Recipe(dense_multiple=DENSE)
@@ -41,6 +43,9 @@ KERNELS = [
     ("split_features", "cuda"),
     ("feature_wise24", "cuda"),
     ("split_matmul24", "cuda"),
+    ("matmul_sparsify24", "cuda"),
+    ("matmul_feature_wise24", "cuda"),
+    ("relu2_ffn", "cuda"),
 ]
 OPS = list(dict.fromkeys(op for op, _ in KERNELS))
 kernels = pytest.mark.parametrize("op, name", KERNELS, ids=["-".join(kernel) for kernel in KERNELS])
@@ -77,6 +82,7 @@ def arguments(
 ):
     """Of an op, of sizes that every kernel takes, up to what is given."""
     y_TF, b_TD = jnp.zeros((tokens, features), dtype), jnp.zeros((tokens, width), dtype)
+    w_FD = jnp.zeros((features, width), dtype)
     grouping = TokenGrouping(grouping)
     split = FeatureSplit(jnp.arange(DENSE), jnp.arange(DENSE, features))
     if op == "sparsify24":
@@ -88,6 +94,13 @@ def arguments(
     if op == "feature_wise24":
         y2 = STORE(y_TF, 1) if compressed else y_TF
         return (y2, y2, split), {"grouping": grouping, "shared_mask": shared_mask}
+    if op == "matmul_sparsify24":
+        return (b_TD, w_FD), {}
+    if op == "matmul_feature_wise24":
+        how = {"grouping": grouping, "shared_mask": shared_mask}
+        return (b_TD, w_FD, STORE(y_TF, 1), split), how
+    if op == "relu2_ffn":
+        return (b_TD, w_FD, w_FD), {}
     sparse = STORE(y_TF[:, DENSE:], 0, grouping=grouping)
     return (SplitOperand(sparse, jnp.zeros((2, DENSE, tokens // 2), dtype)), b_TD, split), {}
 
@@ -123,6 +136,7 @@ def test_what_a_kernel_runs_on(op, name, hopper, monkeypatch):
 
 
 NO_RANDOM = "it has no random groups of tokens; use strided or adjacent ones"
+ONE_MASK = "dY1 has a mask of its own; it takes one mask for both (shared_feature_mask)"
 PRODUCT = [
     ({"dtype": jnp.float32}, "the operands are float32; cast them to bfloat16"),
     ({"grouping": "random"}, NO_RANDOM),
@@ -132,6 +146,15 @@ PRODUCT = [
     ({"tokens": 152}, "K=152, N=72; pad K to a multiple of 16 and N to a multiple of 8"),
     ({"width": 76}, "K=144, N=76; pad K to a multiple of 16 and N to a multiple of 8"),
     ({"features": 20}, None),
+]
+FUSED = [
+    ({"dtype": jnp.float32}, "the operands are float32; cast them to bfloat16"),
+    ({"tokens": 0}, "T=0, D=72, F=272 is an empty product"),
+    ({"width": 0}, "T=144, D=0, F=272 is an empty product"),
+    ({"features": 0}, "T=144, D=72, F=0 is an empty product"),
+    ({"width": 76}, "D=76, F=272; pad D to a multiple of 8 and F to a multiple of 16"),
+    ({"features": 280}, "D=72, F=280; pad D to a multiple of 8 and F to a multiple of 16"),
+    ({"tokens": 4, "width": 8, "features": 16}, None),
 ]
 REFUSALS = {
     ("sparsify24", "cuda"): [
@@ -153,10 +176,7 @@ REFUSALS = {
             {"compressed": False},
             "Y2 and dY1 are dense; it starts from token-wise compressed ones (mask_consistency)",
         ),
-        (
-            {"shared_mask": False},
-            "dY1 has a mask of its own; it takes one mask for both (shared_feature_mask)",
-        ),
+        ({"shared_mask": False}, ONE_MASK),
         ({"grouping": "random"}, NO_RANDOM),
         ({"grouping": "adjacent"}, None),
         ({"dtype": jnp.float32}, "Y2 is float32; cast it to bfloat16"),
@@ -168,6 +188,15 @@ REFUSALS = {
         *PRODUCT,
         ({"features": DENSE}, "every feature is dense, so this is no sparse product"),
     ],
+    ("matmul_sparsify24", "cuda"): [*FUSED, ({"tokens": 3}, None)],
+    ("matmul_feature_wise24", "cuda"): [
+        *FUSED,
+        ({"shared_mask": False}, ONE_MASK),
+        ({"grouping": "random"}, NO_RANDOM),
+        ({"grouping": "adjacent"}, None),
+        ({"features": DENSE}, None),
+    ],
+    ("relu2_ffn", "cuda"): [*FUSED, ({"tokens": 3}, None)],
 }
 
 
@@ -217,9 +246,12 @@ def mapped(layer, x, w_up, w_down):
 
 
 def lower(layers, recipe=RECIPE, implementation="auto", remat=lambda layer: layer) -> str:
-    """The program of a layer's value and gradients, for a GPU."""
-    layer = remat(functools.partial(ffn24, recipe=recipe, implementation=implementation))
+    """The program of the value and gradients of ffn24, for a GPU."""
+    layer = functools.partial(ffn24, recipe=recipe, implementation=implementation)
+    return lower_gradients(layers, remat(layer))
 
+
+def lower_gradients(layers, layer) -> str:
     def loss(*args):
         return jnp.sum(layers(layer, *args).astype(jnp.float32) ** 2)
 
@@ -239,14 +271,14 @@ def products(program: str) -> list[str]:
     return re.findall(r"stablehlo\.dot_general .* -> tensor<(\w+)>", program)
 
 
-# Y3, dX, dW_down, dW_up.
+# Of the full recipe. The products of matmul24 are Y3, dX, dW_down and dW_up.
 ALL_CALLS = {
-    "s24jax_sparsify24": 1,
+    "s24jax_matmul_sparsify24": 1,
     "s24jax_matmul24": 4,
     "s24jax_split_features": 1,
-    "s24jax_feature_wise24": 1,
+    "s24jax_matmul_feature_wise24": 1,
 }
-Y1 = f"{T}x{F}xf32"
+every_layers = pytest.mark.parametrize("layers", [one_layer, scanned, mapped])
 
 
 @pytest.fixture
@@ -254,16 +286,16 @@ def no_triton(hopper, monkeypatch):
     monkeypatch.setattr(triton_bridge, "reason_against", lambda: "no Triton")
 
 
-@pytest.mark.parametrize("layers", [one_layer, scanned, mapped])
-def test_only_the_two_dense_products_are_dense(layers, no_triton):
-    """Y1 and dY2. None of the sparse ones, so that no A was decompressed for it."""
+@every_layers
+def test_every_product_is_a_kernels(layers, hopper):
+    """So neither Y1 nor dY2 is ever in memory, and no A was decompressed."""
     program = lower(layers)
+    # Under vmap a call is made for each of the batch.
     assert calls(program) == ALL_CALLS
-    # Under vmap a call is made for each of the batch, a dense product is one for all of it.
-    assert products(program) == [f"3x{Y1}" if layers is mapped else Y1] * 2
+    assert products(program) == []
 
 
-def test_nothing_is_moved_between_the_kernels(no_triton):
+def test_nothing_is_moved_between_the_kernels(hopper):
     """The features stay in their places, the tokens in their order."""
     program = lower(one_layer)
     for operation in ("gather", "scatter", "sort", "dynamic_slice"):
@@ -275,23 +307,51 @@ SAVE_Y2 = jax.checkpoint_policies.save_only_these_names(ffn.SAVED_Y2)
 
 @pytest.mark.parametrize("layers", [one_layer, scanned])
 @pytest.mark.parametrize("policy, again", [(None, 1), (SAVE_Y2, 0)], ids=["full", "save_y2"])
-def test_remat_makes_y2_again_or_keeps_it(layers, policy, again, no_triton):
+def test_remat_makes_y2_again_or_keeps_it(layers, policy, again, hopper):
     program = lower(layers, remat=functools.partial(jax.checkpoint, policy=policy))
-    assert calls(program) == ALL_CALLS | {"s24jax_sparsify24": 1 + again}
-    assert products(program) == [Y1] * (2 + again)
+    assert calls(program) == ALL_CALLS | {"s24jax_matmul_sparsify24": 1 + again}
+    assert products(program) == []
 
 
-def test_cuda_by_name_is_the_same_program(no_triton):
+def test_cuda_by_name_is_the_same_program(hopper):
     assert lower(one_layer, implementation="cuda") == lower(one_layer)
 
 
 @needs_bridge
-def test_auto_sparsifies_in_triton(hopper):
-    program = lower(one_layer)
-    expected = ALL_CALLS | {"triton_kernel_call": 1}
-    del expected["s24jax_sparsify24"]
-    assert calls(program) == expected
-    assert products(program) == [Y1] * 2
+def test_auto_sparsifies_in_triton_where_it_does_not_save_what_it_pruned(hopper):
+    program = lower(one_layer, Recipe(dense_multiple=DENSE, mask_consistency=False))
+    assert calls(program) == {
+        "triton_kernel_call": 1,
+        "s24jax_matmul24": 3,
+        "s24jax_split_features": 1,
+    }
+
+
+REFUSED = [
+    ({"width": 76}, "D=76, F=272; pad D to a multiple of 8 and F to a multiple of 16"),
+    ({"features": 280}, "D=72, F=280; pad D to a multiple of 8 and F to a multiple of 16"),
+    ({"dtype": jnp.float32}, "the operands are float32; cast them to bfloat16"),
+]
+
+
+@pytest.mark.parametrize("changes, reason", REFUSED)
+@pytest.mark.parametrize(
+    "op, layer",
+    [
+        ("matmul_sparsify24", functools.partial(ffn24, recipe=RECIPE)),
+        ("relu2_ffn", relu2_ffn),
+    ],
+    ids=["ffn24", "relu2_ffn"],
+)
+def test_a_layer_tells_why_its_kernel_refuses(op, layer, changes, reason, hopper):
+    args, _ = arguments("relu2_ffn", **changes)
+    with pytest.raises(Unsupported) as error:
+        jax.eval_shape(functools.partial(layer, implementation="cuda"), *args)
+    assert oracles.assert_one_line(error) == (
+        f"{op}: implementation 'cuda' cannot run (cuda: {reason}); use 'auto'"
+    )
+    jax.eval_shape(layer, *args)
+    assert dispatch.Choice(op, "auto", "reference", f"cuda: {reason}") in dispatch.choices()
 
 
 @pytest.mark.cpu_only
@@ -301,48 +361,83 @@ def test_without_a_gpu_no_handler_is_called():
     assert len(products(program)) > 4
 
 
+# A recipe, which op of CUDA's refuses it, and why; which handlers it calls all the same.
 RECIPES = [
-    (Recipe(dense_multiple=DENSE, token_grouping="random"), NO_RANDOM),
-    (Recipe(dense_multiple=DENSE, mask_consistency=False), "Y2 and dY1 are dense"),
-    (Recipe(dense_multiple=DENSE, token_wise=False), "Y2 and dY1 are dense"),
-    (Recipe(dense_multiple=DENSE, shared_feature_mask=False), "dY1 has a mask of its own"),
+    (
+        Recipe(dense_multiple=DENSE, token_grouping="random"),
+        "matmul_feature_wise24",
+        NO_RANDOM,
+        # The operands of the weight gradients, and their products, are the reference's.
+        {"s24jax_matmul_sparsify24": 1, "s24jax_matmul24": 2, "s24jax_split_features": 1},
+    ),
+    (
+        Recipe(dense_multiple=DENSE, mask_consistency=False),
+        "feature_wise24",
+        "Y2 and dY1 are dense",
+        {"s24jax_sparsify24": 1, "s24jax_matmul24": 3, "s24jax_split_features": 1},
+    ),
+    (
+        Recipe(dense_multiple=DENSE, token_wise=False),
+        "feature_wise24",
+        "Y2 and dY1 are dense",
+        {"s24jax_matmul24": 2, "s24jax_split_features": 1},
+    ),
+    (
+        Recipe(dense_multiple=DENSE, shared_feature_mask=False),
+        "matmul_feature_wise24",
+        "dY1 has a mask of its own",
+        {"s24jax_matmul_sparsify24": 1, "s24jax_matmul24": 4, "s24jax_split_features": 1},
+    ),
 ]
-IDS = ["random", "inconsistent", "feature-wise", "own-masks"]
+recipes = pytest.mark.parametrize(
+    "recipe, op, reason, expected",
+    RECIPES,
+    ids=["random", "inconsistent", "feature-wise", "own-masks"],
+)
 
 
-@pytest.mark.parametrize("recipe, reason", RECIPES, ids=IDS)
-def test_a_recipe_that_the_kernels_lack_raises_where_they_are_named(recipe, reason, no_triton):
+@recipes
+def test_a_recipe_that_the_kernels_lack_raises_where_they_are_named(
+    recipe, op, reason, expected, no_triton
+):
     with pytest.raises(Unsupported) as error:
         lower(one_layer, recipe, "cuda")
     message = oracles.assert_one_line(error)
-    assert message.startswith(f"feature_wise24: implementation 'cuda' cannot run (cuda: {reason}")
+    assert message.startswith(f"{op}: implementation 'cuda' cannot run (cuda: {reason}")
 
 
-@pytest.mark.parametrize(
-    "recipe, expected",
-    [
-        # The operands of the weight gradients, and their products, are the reference's.
-        (RECIPES[0][0], {"s24jax_matmul24": 2}),
-        (RECIPES[1][0], {"s24jax_matmul24": 3}),
-        (RECIPES[2][0], {"s24jax_matmul24": 2}),
-        (RECIPES[3][0], {"s24jax_matmul24": 4}),
-    ],
-    ids=IDS,
-)
-def test_auto_takes_the_kernels_that_a_recipe_leaves(recipe, expected, no_triton):
-    expected = ALL_CALLS | expected
-    del expected["s24jax_feature_wise24"]
-    if not recipe.token_wise:
-        del expected["s24jax_sparsify24"]
+@recipes
+def test_auto_takes_the_kernels_that_a_recipe_leaves(recipe, op, reason, expected, no_triton):
     assert calls(lower(one_layer, recipe)) == expected
 
 
 @pytest.mark.parametrize("implementation", ["auto", "cuda"])
-def test_a_recipe_without_feature_wise_pruning(implementation, no_triton):
-    """Its weight gradients are dense products."""
+def test_a_recipe_without_feature_wise_pruning(implementation, hopper):
+    """dY2 and its weight gradients are dense products."""
     program = lower(one_layer, Recipe(feature_wise=False), implementation)
-    assert calls(program) == {"s24jax_sparsify24": 1, "s24jax_matmul24": 2}
-    assert products(program) == [Y1, Y1] + [f"{F}x{D}xf32"] * 2
+    assert calls(program) == {"s24jax_matmul_sparsify24": 1, "s24jax_matmul24": 2}
+    assert products(program) == [f"{T}x{F}xf32"] + [f"{F}x{D}xf32"] * 2
+
+
+@every_layers
+@pytest.mark.parametrize("implementation", ["auto", "cuda"])
+def test_relu2_ffn_leaves_four_products(layers, implementation, hopper):
+    """To XLA: Y3, dX and the weight gradients. Those of Y1 and dY2 are kernels of their own."""
+    layer = functools.partial(relu2_ffn, implementation=implementation)
+    program = lower_gradients(layers, layer)
+    assert calls(program) == {"s24jax_relu2_ffn_y2": 1, "s24jax_relu2_ffn_dy1": 1}
+    if layers is mapped:
+        assert len(products(program)) == 4
+    else:
+        assert sorted(products(program)) == [f"{T}x{D}xbf16"] * 2 + [f"{F}x{D}xbf16"] * 2
+
+
+@pytest.mark.parametrize("leading", [(T,), (2, T // 2)])
+def test_relu2_ffn_saves_x_the_weights_and_y2(leading, hopper):
+    x, w = (jax.ShapeDtypeStruct((*axes, D), jnp.bfloat16) for axes in (leading, (F,)))
+    saved = jax.eval_shape(lambda *args: jax.vjp(relu2_ffn, *args)[1], x, w, w)
+    kinds = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(saved))
+    assert kinds == [((T, D), "bfloat16"), ((T, F), "bfloat16")] + [((F, D), "bfloat16")] * 2
 
 
 # -------------------------------------------------------------------------- what a handler is given
@@ -382,6 +477,14 @@ def test_calls_are_what_handlers_decode(op, handlers):
     """Number, order and types of arrays, results and attributes, but for matmul24's arrays."""
     args, how = arguments(op)
     assert refused(candidate(op, "cuda").run, *args, **how) == "0"
+
+
+@needs_nvcc
+@pytest.mark.cpu_only
+def test_so_is_the_call_of_relu2_ffns_backward_pass(handlers):
+    (x_TD, w_FD, _), _ = arguments("relu2_ffn")
+    saved = x_TD, w_FD, w_FD, jnp.zeros((T, F), jnp.bfloat16)
+    assert refused(relu2_ffn_cuda._backward, saved, x_TD) == "0"
 
 
 @needs_nvcc

@@ -410,9 +410,11 @@ def test_the_recipe_and_the_implementation_reach_the_ffn():
     assert ffns.recipe == Recipe(token_wise=False, feature_wise=False, dense_multiple=8)
     if jax.default_backend() == "cpu":
         named_p = program(implementation="cuda")
-        with pytest.raises(Unsupported, match="'cuda' cannot run"):
-            jax.eval_shape(lambda: named_p.model(named_p.params)(tokens(), mode="sparse24"))
-        jax.eval_shape(lambda: named_p.model(named_p.params)(tokens(), mode="dense"))
+        for mode, op in zip(MODES, ("relu2_ffn", "matmul_sparsify24"), strict=True):
+            with pytest.raises(Unsupported, match=f"{op}: implementation 'cuda' cannot run"):
+                jax.eval_shape(
+                    functools.partial(named_p.forward, mode=mode), named_p.params, tokens()
+                )
 
 
 # ------------------------------------------------------------------------------ rotary positions
@@ -838,8 +840,8 @@ def test_what_a_kind_and_a_recipe_do_not_need_is_not_asked_of_them():
     program(feature_wise=False, dense_multiple=128)
 
 
-@pytest.mark.parametrize("kind", KINDS[:3])
-def test_dense_kinds_have_no_kernels(kind):
+@pytest.mark.parametrize("kind", KINDS[:2])
+def test_kinds_without_squared_relu_have_no_kernels(kind):
     for name in ("triton", "cuda"):
         with pytest.raises(Unsupported) as error:
             build(ffn=kind, implementation=name)
@@ -848,6 +850,16 @@ def test_dense_kinds_have_no_kernels(kind):
         assert "use 'auto'" in message
     for name in ("auto", "reference"):
         FFN(8, 16, kind, implementation=name, rngs=nnx.Rngs(params=0))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_relu2_is_an_op_whose_implementation_can_be_named(name):
+    module = FFN(8, 16, "relu2", implementation=name, rngs=nnx.Rngs(params=0))
+    with pytest.raises(Unsupported) as error:
+        module(jnp.ones((4, 8)))
+    message = oracles.assert_one_line(error)
+    assert message.startswith(f"relu2_ffn: implementation '{name}' cannot run")
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="cuDNN can run")
