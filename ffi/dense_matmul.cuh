@@ -185,8 +185,7 @@ __device__ inline void consume(const Arguments& arg, const Shared& shared, int w
     multiply(sums, arg, shared, a, b, at, thread);
     barrier_wait(shared.empty_tile(), at_tile.parity ^ 1);
     hand_over(sums, shared.tile(), warpgroup * 64 + thread / 32 * 16, lane);
-    __syncwarp();
-    if (lane == 0) barrier_arrive(shared.full_tile());
+    barrier_arrive(shared.full_tile());
     at_tile.advance();
   }
 }
@@ -206,8 +205,7 @@ __device__ void finish(const Arguments& arg, const Epilogue& epilogue, const Sha
     run.prepare(tile);
     barrier_wait(shared.full_tile(), at_tile.parity);
     run.finish(tile);
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(shared.empty_tile());
+    barrier_arrive(shared.empty_tile());
     at_tile.advance();
   }
 }
@@ -226,8 +224,8 @@ __global__ void __launch_bounds__(kThreads, 1)
       barrier_init(shared.full(stage), 1);
       barrier_init(shared.empty(stage), kConsumers * kCluster);
     }
-    barrier_init(shared.full_tile(), kConsumers * 4);
-    barrier_init(shared.empty_tile(), kEpilogueWarps);
+    barrier_init(shared.full_tile(), kConsumers * 128);
+    barrier_init(shared.empty_tile(), kEpilogueWarps * 32);
     barrier_init_fence();
     prefetch_map(&arg.a);
     prefetch_map(&arg.b);

@@ -12,7 +12,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUICKSTART = "--config=configs/quickstart.py:smoke"
-OPS = ("sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24")
+OPS = (  # of the full recipe and the dense steps before it
+    *("matmul_sparsify24", "matmul24", "split_features", "matmul_feature_wise24"),
+    *("split_matmul24", "relu2_ffn"),
+)
 NO_HOPPER = "the default device is a CPU; needs an NVIDIA GPU of compute capability 9.0 (Hopper)"
 
 
@@ -229,10 +232,10 @@ def test_sparse24_of_a_dense_kind(data_dir, tmp_path):
 def test_doctor():
     out = succeed("s24jax.doctor")
     assert "  cpu: cpu" in out.splitlines()
-    for op in OPS:
+    for op in (*OPS, "sparsify24", "feature_wise24"):
         against_all = "triton: {0}; cuda: {0}" if op == "sparsify24" else "cuda: {0}"
-        assert f"  {op:15} auto       reference ({against_all.format(NO_HOPPER)})" in out
-        assert f"  {op:15} reference  reference (named by the caller)" in out
+        assert f"  {op:21} auto       reference ({against_all.format(NO_HOPPER)})" in out
+        assert f"  {op:21} reference  reference (named by the caller)" in out
         assert f"{op}: implementation 'cuda' cannot run (cuda: {NO_HOPPER}); use 'auto'" in out
     import jax
 

@@ -15,11 +15,17 @@ from s24jax.errors import InvalidInput, Unsupported
 from s24jax.ops import dispatch
 from s24jax.ops.dispatch import Candidate, Choice
 from s24jax.ops.feature_wise24 import feature_wise24
+from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
+from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.ops.split_features import reference as split_features_reference
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
 
-OPS = ["sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24"]
+OPS = [
+    *("sparsify24", "matmul24", "split_features", "feature_wise24", "split_matmul24"),
+    *("matmul_sparsify24", "matmul_feature_wise24", "relu2_ffn"),
+]
 Y = jnp.arange(32.0).reshape(4, 8)
 
 
@@ -36,10 +42,16 @@ def call(op: str, implementation: str):
         return matmul24(compress24(Y, 1), Y.T, **how)
     if op == "split_features":
         return split_features(jnp.arange(8), 4, **how)
+    if op == "matmul_sparsify24":
+        return matmul_sparsify24(Y, Y, **how)
+    if op == "relu2_ffn":
+        return relu2_ffn(Y, Y, Y, **how)
     split = split_features_reference.split_features(jnp.arange(8), 4)
-    weights = functools.partial(
-        feature_wise24, Y, Y, split, grouping=TokenGrouping(), shared_mask=True
-    )
+    prune = {"grouping": TokenGrouping(), "shared_mask": True}
+    if op == "matmul_feature_wise24":
+        y2 = compress24(jnp.square(Y), 1)
+        return matmul_feature_wise24(Y, jnp.ones((8, 8)), y2, split, **prune, **how)
+    weights = functools.partial(feature_wise24, Y, Y, split, **prune)
     if op == "feature_wise24":
         return weights(**how)
     return split_matmul24(weights(implementation="reference")[0], Y, split, **how)
@@ -188,8 +200,29 @@ def test_a_candidate_is_asked_about_the_very_arguments_it_would_get(op, monkeypa
         oracles.assert_bits(actual, expected)
 
 
-@pytest.mark.parametrize("shared", [True, False])
-def test_ffn24_hands_the_name_to_every_op_in_both_passes(shared, monkeypatch):
+FUSED = [
+    ["matmul_sparsify24", "matmul24"],
+    [
+        *("split_features", "matmul_feature_wise24"),
+        *("split_matmul24", "split_matmul24", "matmul24"),
+    ],
+]
+
+
+@pytest.mark.parametrize(
+    "recipe, forward, backward",
+    [
+        (Recipe(dense_multiple=8), *FUSED),
+        (Recipe(dense_multiple=8, shared_feature_mask=False), *FUSED),
+        # Saves the unpruned Y2, whose dY1 is dense.
+        (
+            Recipe(dense_multiple=8, mask_consistency=False),
+            ["sparsify24", "matmul24"],
+            ["split_features", "feature_wise24", "split_matmul24", "split_matmul24"],
+        ),
+    ],
+)
+def test_ffn24_hands_the_name_to_every_op_in_both_passes(recipe, forward, backward, monkeypatch):
     """Else a part of the layer would run on another implementation than the one asked for."""
     ran = []
     for op in OPS:
@@ -203,19 +236,15 @@ def test_ffn24_hands_the_name_to_every_op_in_both_passes(shared, monkeypatch):
         monkeypatch.setattr(
             api_of(op), "CANDIDATES", [Candidate("reference", never), Candidate("triton", run)]
         )
-    recipe = Recipe(dense_multiple=8, shared_feature_mask=shared)
 
     def both_passes(*args):
         y3, pull = jax.vjp(functools.partial(ffn24, recipe=recipe, implementation="triton"), *args)
-        assert ran == ["sparsify24", "matmul24"]
+        assert ran == forward
         return pull(y3)
 
     x, w = jnp.ones((8, 8)), jnp.ones((32, 8))
     jax.make_jaxpr(both_passes)(x, w, w)
-    assert ran[2:] == [
-        *("matmul24", "split_features", "feature_wise24"),
-        *("split_matmul24", "split_matmul24"),
-    ]
+    assert ran[2:] == backward
 
 
 def test_ffn24_refuses_by_name_too():
