@@ -2,16 +2,20 @@
 
 python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
+python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--tokens=N]
+    [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
 `gemm`: the four sparse products. `sparsify`: the passes that make their operands. `ffn`: the whole
-feed-forward network and its parts. `draw` makes table and figure anew from the rows of a file.
-`--tune` saves our kernel's fastest schedules.
+feed-forward network and its parts. `step`, `prefill`, `decode`: whole models, in training and in
+inference. `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's
+fastest schedules.
 """
 
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 
@@ -20,10 +24,12 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
+from configs import lm_100m, paper_1p5b
 from experiments import cli
 from s24jax import device
-from s24jax.bench import ffn, gemm, sparsify
+from s24jax.bench import ffn, gemm, model, sparsify
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.rows import environment, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_names, parse_shapes
@@ -33,6 +39,8 @@ from s24jax.errors import InvalidInput
 from s24jax.writer import write_bytes
 
 BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
+COMMANDS = (*BENCHES, *model.PRODUCTS, "draw")
+MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -41,16 +49,24 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
+MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
+LAYERS = flags.DEFINE_integer("layers", None, "Of each model. Default: all.", lower_bound=1)
+TOKENS = flags.DEFINE_integer("tokens", 16384, "Of a step or a prompt.", lower_bound=1)
 TUNE = flags.DEFINE_bool("tune", False, "Time the schedules of gemm's cuda and save the best.")
 
 
 def main(arguments: list[str]) -> None:
     command = arguments[0] if arguments else ""
-    if command not in (*BENCHES, "draw"):
+    if command not in COMMANDS:
+        *others, last = COMMANDS
         raise InvalidInput(
-            f"{command!r} is no bench; write gemm, sparsify, ffn or draw before the flags"
+            f"{command!r} is no bench; write {', '.join(others)} or {last} before the flags"
         )
     if FIGURE.value:
+        if command in model.PRODUCTS:
+            raise InvalidInput(
+                f"--figure goes with gemm, sparsify and ffn, not with {command}; leave it out"
+            )
         check_format(FIGURE.value)
     if TUNE.value:
         if command != "gemm":
@@ -62,18 +78,40 @@ def main(arguments: list[str]) -> None:
             raise InvalidInput("draw: --json is not given; name the file of the rows")
         _show(read_rows(JSON.value))
     else:
-        _show(_run(BENCHES[command], " ".join(["python -m experiments.bench", *arguments])))
+        run = _of_models(command) if command in model.PRODUCTS else _of_shapes(BENCHES[command])
+        _show(_run(run, " ".join(["python -m experiments.bench", *arguments])))
 
 
-def _run(bench: ModuleType, written: str) -> list[dict]:
-    """The rows of a bench, saved after each product: a run that is cut off leaves what it has."""
+def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
     products = _names("products", PRODUCTS.value, bench.PRODUCTS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, bench.IMPLEMENTATIONS)
-    shapes = _shapes()
+    return bench.bench(_shapes(), products, implementations, ROUNDS.value)
+
+
+def _of_models(product: str) -> Iterator[list[dict]]:
+    known = tuple(model.IMPLEMENTATIONS)
+    implementations = _names("implementations", IMPLEMENTATIONS.value, known)
+    configs = [_config(name.strip()) for name in MODELS_FLAG.value.split(",")]
+    return model.bench(product, configs, TOKENS.value, implementations, ROUNDS.value)
+
+
+def _config(written: str) -> ConfigDict:
+    """The configuration of a name of --models, NAME or NAME:VARIANT."""
+    name, _, variant = written.partition(":")
+    if name not in MODELS:
+        raise InvalidInput(f"--models: {name!r} does not exist; use some of {', '.join(MODELS)}")
+    config = MODELS[name](variant)
+    if LAYERS.value:
+        config.model.layers = LAYERS.value
+    return config
+
+
+def _run(found_rows: Iterator[list[dict]], written: str) -> list[dict]:
+    """The rows of a bench, saved after each product: a run that is cut off leaves what it has."""
     if device.hopper_reason():
         print(f"columns stay empty: {device.hopper_reason()}", file=sys.stderr)
     rows = [environment(written)]
-    for found in bench.bench(shapes, products, implementations, ROUNDS.value):
+    for found in found_rows:
         rows += found
         if JSON.value:
             write_rows(JSON.value, rows)

@@ -431,8 +431,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     prefetch_map(&arg.b);
   }
   cluster_sync();
-  // From one lane, so that the compiler knows that a warp's threads agree.
-  const int warpgroup = __shfl_sync(0xFFFFFFFF, threadIdx.x / 128, 0);
+  const int warpgroup = threadIdx.x / 128;
   if (warpgroup == 0) {
     lower_registers<kProducerRegisters>();
     if (threadIdx.x == 0) announce<T>(arg, shared);

@@ -17,7 +17,7 @@ from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
 from s24jax.ops import dispatch
-from s24jax.ops.relu2_ffn import relu2_ffn
+from s24jax.ops.relu2_ffn import SAVED_HIDDEN, relu2_ffn
 from s24jax.recipe import Recipe
 from s24jax.typing import Array, FFNMode, Float, Implementation, Int
 
@@ -25,7 +25,7 @@ FFNKind = Literal["swiglu", "gelu", "relu2", "relu2_24"]
 Remat = Literal["none", "full", "save_y2"]
 REMAT_POLICIES = {
     "full": None,
-    "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2),
+    "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2, SAVED_HIDDEN),
 }
 
 

@@ -31,8 +31,8 @@ from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import SplitOperand
 from s24jax.ops.matmul24 import cuda as matmul24_cuda
 from s24jax.ops.matmul24.tuning import Schedule
+from s24jax.ops.relu2_ffn import SAVED_HIDDEN, relu2_ffn
 from s24jax.ops.relu2_ffn import cuda as relu2_ffn_cuda
-from s24jax.ops.relu2_ffn import relu2_ffn
 
 T, D, F, DENSE = 144, 72, 272, 16
 RECIPE = Recipe(dense_multiple=DENSE)
@@ -438,6 +438,26 @@ def test_relu2_ffn_saves_x_the_weights_and_y2(leading, hopper):
     saved = jax.eval_shape(lambda *args: jax.vjp(relu2_ffn, *args)[1], x, w, w)
     kinds = sorted((leaf.shape, leaf.dtype.name) for leaf in jax.tree.leaves(saved))
     assert kinds == [((T, D), "bfloat16"), ((T, F), "bfloat16")] + [((F, D), "bfloat16")] * 2
+
+
+SAVE_HIDDEN = jax.checkpoint_policies.save_only_these_names(SAVED_HIDDEN)
+
+
+@pytest.mark.parametrize("layers", [one_layer, scanned])
+@pytest.mark.parametrize("policy, again", [(None, 1), (SAVE_HIDDEN, 0)], ids=["full", "save_y2"])
+def test_remat_makes_the_dense_y2_again_or_keeps_it(layers, policy, again, hopper):
+    layer = jax.checkpoint(functools.partial(relu2_ffn, implementation="cuda"), policy=policy)
+    program = lower_gradients(layers, layer)
+    assert calls(program) == {"s24jax_relu2_ffn_y2": 1 + again, "s24jax_relu2_ffn_dy1": 1}
+    assert len(products(program)) == 4
+
+
+@pytest.mark.parametrize("policy, again", [(None, 1), (SAVE_HIDDEN, 0)], ids=["full", "save_y2"])
+def test_so_does_xla_with_y1(policy, again, hopper):
+    layer = jax.checkpoint(functools.partial(relu2_ffn, implementation="reference"), policy=policy)
+    program = lower_gradients(scanned, layer)
+    assert calls(program) == {}
+    assert products(program).count(f"{T}x{F}xbf16") == 2 + again  # Y1, dY2
 
 
 # -------------------------------------------------------------------------- what a handler is given

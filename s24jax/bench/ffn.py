@@ -121,24 +121,27 @@ def recipe_of(shape: Shape) -> Recipe:
 
 def _whole(shape, operands, implementations, rounds) -> Iterator[list[Row]]:
     ffns = {n: ffn for n, ffn in _ffns(recipe_of(shape)).items() if n in implementations}
-    oracles = {
-        dense: jax.device_get(_oracle(dense, recipe_of(shape), operands)) for dense in (True, False)
-    }
-    for name in PASSES:
+    oracles = {dense: _oracle(dense, recipe_of(shape), operands) for dense in (True, False)}
+    pull_backs, peaks = {}, {}
+
+    def make(name: str, implementation: str) -> Contender:
+        ffn = ffns[implementation]
+        if implementation not in pull_backs:
+            pull_backs[implementation] = _pull_back(ffn, operands)
+        compiled = _compile(name, ffn, operands, pull_backs[implementation])
+        peaks[name, implementation] = compiled.peak_bytes
+        oracle = oracles[implementation in DENSE][name]
+        return Contender(compiled.call, partial(_worst_error, oracle=oracle))
+
+    for name, products in PASSES.items():
         _LOG.info("ffn: %s of %s", name, shape)
-        peaks, saved = {}, {}
-
-        def make(implementation, name=name, peaks=peaks, saved=saved) -> Contender:
-            compiled, saved[implementation] = _compile(name, ffns[implementation], operands)
-            peaks[implementation] = compiled.peak_bytes
-            oracle = oracles[implementation in DENSE][name]
-            return Contender(compiled.call, partial(_worst_error, oracle=oracle))
-
-        results = measure({n: partial(make, n) for n in ffns}, rounds)
-        rows = _rows(shape, "ffn", name, results, PASSES[name])
+        results = measure({n: partial(make, name, n) for n in ffns}, rounds)
+        rows = _rows(shape, "ffn", name, results, products)
         for row in rows:
-            row["saved_bytes"] = saved.get(row["implementation"])
-            row["peak_bytes"] = peaks.get(row["implementation"])
+            implementation = row["implementation"]
+            if implementation in pull_backs:
+                row["saved_bytes"] = _saved_bytes(pull_backs[implementation], operands)
+            row["peak_bytes"] = peaks.get((name, implementation))
         yield rows
 
 
@@ -186,23 +189,31 @@ def _unfused_backward(recipe, saved, dy3_TD):
 unfused_ffn24.defvjp(_unfused_forward, _unfused_backward)
 
 
-def _compile(name: str, ffn: FFN, operands: Operands) -> tuple[Compiled, int]:
-    """A pass of an FFN, and the bytes saved between forward and backward, X and weights apart."""
+def _pull_back(ffn: FFN, operands: Operands) -> Callable:
+    """The backward pass, which holds what the forward saved."""
+    *inputs, _ = operands
+    return jax.jit(lambda *inputs: jax.vjp(ffn, *inputs)[1])(*inputs)
+
+
+def _saved_bytes(pull_back: Callable, operands: Operands) -> int:
+    """Between forward and backward, X and weights apart, be they transposed."""
+    given = {tuple(sorted(array.shape)) for array in operands}
+    saved = [leaf for leaf in jax.tree.leaves(pull_back) if tuple(sorted(leaf.shape)) not in given]
+    return sum(leaf.nbytes for leaf in saved)
+
+
+def _compile(name: str, ffn: FFN, operands: Operands, pull_back: Callable) -> Compiled:
     *inputs, dy3_TD = operands
 
     def both(x, w_up, w_down, dy3):
         y3, pull_back = jax.vjp(ffn, x, w_up, w_down)
         return y3, pull_back(dy3)
 
-    pull_back = jax.jit(lambda *inputs: jax.vjp(ffn, *inputs)[1])(*inputs)
-    given = {tuple(sorted(array.shape)) for array in inputs}  # as they are, or transposed
-    leaves = [leaf for leaf in jax.tree.leaves(pull_back) if tuple(sorted(leaf.shape)) not in given]
-    saved = sum(leaf.nbytes for leaf in leaves)
     if name == "forward":
-        return _compiled(ffn, *inputs), saved
+        return _compiled(ffn, *inputs)
     if name == "backward":
-        return _compiled(lambda pull_back, dy3: pull_back(dy3), pull_back, dy3_TD), saved
-    return _compiled(both, *operands), saved
+        return _compiled(lambda pull_back, dy3: pull_back(dy3), pull_back, dy3_TD)
+    return _compiled(both, *operands)
 
 
 def _compiled(function: Callable, *arguments) -> Compiled:

@@ -9,6 +9,9 @@ RATES = {
     "gemm": ("tflops", "TFLOP/s of the dense product"),
     "sparsify": ("gbps", "GB/s"),
     "ffn": ("tflops", "TFLOP/s of the dense products"),
+    "step": ("tokens_per_s", "tokens/s of training steps"),
+    "prefill": ("tokens_per_s", "tokens/s of a prompt"),
+    "decode": ("tokens_per_s", "tokens/s, one for each sequence"),
 }
 # TFLOP/s of bfloat16 on random data, dense-equivalent: a loop of wgmma instructions, 128x256 tiles
 # from shared memory, and of the copies into it, without an epilogue. Short bursts on operands in
@@ -20,9 +23,9 @@ COPY = "copy"  # the product whose rate is the ceiling of a pass over memory
 def share_of_ceiling(row: Row, rows: Sequence[Row]) -> float | None:
     """Of a 2:4 product's rate in its ceiling; of a pass's in the copy of the same run and shape.
 
-    None where there is no one ceiling: a whole FFN, a row without a time.
+    None where there is no one ceiling: a whole FFN or model, a row without a time.
     """
-    if row["ms"] is None or row["bench"] == "ffn":
+    if row["ms"] is None or row["bench"] not in ("gemm", "sparsify"):
         return None
     if row["bench"] == "gemm":
         return row["tflops"] / CEILINGS["2:4"]

@@ -17,6 +17,13 @@ Rows of bench "ffn" have in addition
     saved_bytes            between forward and backward, X not counted; of the whole FFN
     peak_bytes             arguments, results and temporaries of the pass; of the whole FFN
 
+and rows of benches of whole models ("step", "prefill", "decode"), whose T is the tokens of a call,
+
+    model, layers, vocabulary, sequence_length, remat
+    tokens_per_s
+    mfu                    dense operations of the model / time, of the GPU's peak by its data sheet
+    ratio_to_xla_dense, ratio_to_fused_dense, peak_bytes   as above
+
 The first row is the environment: bench is "environment", the other keys are the device, the commit,
 the command and a version for each package.
 """

@@ -18,6 +18,7 @@ RATIOS = {
     "ratio_to_fused_dense": (f"{OURS} : relu2_cuda", "{:.2f}"),
     "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
     "share": ("of the ceiling", "{:.0%}"),
+    "mfu": (f"MFU of {OURS}", "{:.1%}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
 
@@ -43,7 +44,8 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        product = " ".join(filter(None, [row["product"], row.get("pass")]))
+        of = row.get("pass") or row.get("model")
+        product = " ".join(filter(None, [row["product"], of]))
         line = tuple(row[k] for k in ("T", "D", "F")) + (product, row["M"], row["N"], row["K"])
         lines.setdefault(line, {})[row["implementation"]] = row
     ours = [row for row in rows if row["implementation"] == OURS]
@@ -84,10 +86,15 @@ def _means(lines: Iterable[dict[str, Row]]) -> list[str]:
 def _cell(row: Row | None, key: str, notes: dict[str, int]) -> str:
     if row is None:
         return ""
-    rate = "" if row[key] is None else f"{row[key]:,.4g}"
+    rate = "" if row[key] is None else _rate(row[key])
     ms = "" if row["ms"] is None else f"({row['ms']:.3f})"
     note = f"[{notes.setdefault(row['note'], len(notes) + 1)}]" if row["note"] else ""
     return " ".join(filter(None, [rate, ms, note]))
+
+
+def _rate(value: float) -> str:
+    """Four digits, and all of those before the point."""
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:,.4g}"
 
 
 def _number(value: float | None, form: str) -> str:

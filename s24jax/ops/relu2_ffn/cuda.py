@@ -9,9 +9,11 @@ The plain products are XLA's. X and Y2 are all that is saved.
 """
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from s24jax import cuda_library
 from s24jax.ops import fused_product
+from s24jax.ops.relu2_ffn.saved import SAVED_HIDDEN
 from s24jax.typing import Array, Float
 
 
@@ -43,7 +45,7 @@ def dy1_of(
 
 
 def _forward(x_TD, w_up_FD, w_down_FD):
-    y2_TF = y2_of(x_TD, w_up_FD)
+    y2_TF = checkpoint_name(y2_of(x_TD, w_up_FD), SAVED_HIDDEN)
     return y2_TF @ w_down_FD, (x_TD, w_up_FD, w_down_FD, y2_TF)
 
 

@@ -1,0 +1,159 @@
+"""The benches of whole models without a GPU: rows, arithmetic, errors, command lines."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import lm_100m
+from s24jax.bench import model
+from s24jax.bench.model import Batch
+from s24jax.bench.rows import KEYS
+from s24jax.bench.table import table
+from s24jax.errors import InvalidInput
+
+ROOT = pathlib.Path(__file__).parents[1]
+# 2 layers, D 16, F 64, V 256, sequences of 32.
+SMALL = lm_100m.get_config("smoke")
+ADDED = (
+    *("model", "layers", "vocabulary", "sequence_length", "remat", "tokens_per_s", "mfu"),
+    *("peak_bytes", "ratio_to_xla_dense", "ratio_to_fused_dense"),
+)
+products = pytest.mark.parametrize("product", model.PRODUCTS)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Our kernels played by the reference."""
+    played = {name: (mode, "reference") for name, (mode, _) in model.IMPLEMENTATIONS.items()}
+    monkeypatch.setattr(model, "IMPLEMENTATIONS", played)
+
+
+@products
+def test_rows(product, kernels):
+    (rows,) = model.bench(product, [SMALL], 64, tuple(model.IMPLEMENTATIONS), 1)
+    assert [row["implementation"] for row in rows] == ["cuda", "relu2_cuda", "xla_dense"]
+    ms = {row["implementation"]: row["ms"] for row in rows}
+    tokens = 2 if product == "decode" else 64
+    for row in rows:
+        assert tuple(row) == (*KEYS, *ADDED)
+        assert (row["bench"], row["product"], row["model"]) == (product, product, SMALL.name)
+        assert (row["T"], row["D"], row["F"]) == (tokens, 16, 64)
+        assert (row["layers"], row["vocabulary"], row["sequence_length"]) == (2, 256, 32)
+        assert row["ms"] > 0 and row["note"] == ""
+        assert row["tokens_per_s"] == pytest.approx(1e3 * tokens / row["ms"])
+        assert row["mfu"] == pytest.approx(row["tflops"] / 989.4)
+        assert row["ratio_to_xla_dense"] == pytest.approx(ms["xla_dense"] / row["ms"])
+        assert row["ratio_to_fused_dense"] == pytest.approx(ms["relu2_cuda"] / row["ms"])
+        assert row["peak_bytes"] > 4 * 256 * 16
+
+
+def test_operations_by_hand():
+    """Of 2 sequences of 32: a layer has 4*16*16 + 2*16*64 weights, the logits 16*256."""
+    weights, logits = 4 * 16 * 16 + 2 * 16 * 64, 16 * 256
+    batch = Batch(2, 32)
+
+    def flops(product):
+        return model.forward_flops(product, SMALL, batch)
+
+    attention = 2 * 64 * 4 * 16 * 16  # layers, tokens, 4 * D * tokens looked at
+    assert flops("step") == 64 * 2 * (2 * weights + logits) + attention
+    assert flops("prefill") == 64 * 2 * 2 * weights + 2 * 2 * logits + attention
+    assert flops("decode") == 2 * 2 * (2 * weights + logits) + 2 * 2 * 4 * 16 * 32
+
+
+def test_a_step_trains():
+    """The state goes from one call to the next, whoever makes it."""
+    sides = {name: model._side(SMALL, "xla_dense") for name in ("one", "other")}
+    makers, peaks = model._step_makers(SMALL, Batch(2, 32), sides)
+    one, other = (make() for make in makers.values())
+    losses = [float(contender.call()) for contender in (one, other) * 8]
+    assert losses[-1] < losses[0]
+    assert sorted(peaks) == ["one", "other"]
+
+
+def test_what_is_no_number_has_no_time(kernels, monkeypatch):
+    monkeypatch.setattr(model, "_not_finite", lambda out: float(out) * jnp.inf)
+    (rows,) = model.bench("step", [SMALL], 64, ("cuda",), 1)
+    assert rows[0]["ms"] is None and rows[0]["note"] == "wrong result: relative error inf"
+
+
+def test_not_finite():
+    assert model._not_finite(jnp.ones(3)) == 0
+    assert model._not_finite(jnp.array([1, jnp.nan])) == model._not_finite(jnp.array(jnp.inf))
+    assert model._not_finite(jnp.array(jnp.inf)) == float("inf")
+
+
+@pytest.mark.parametrize("tokens, mend", [(48, 32), (16, 32), (100, 96)])
+def test_tokens_that_are_no_sequences(tokens, mend):
+    with pytest.raises(InvalidInput) as error:
+        model.batch_of(SMALL, tokens)
+    assert str(error.value) == (
+        f"--tokens: {tokens} is no multiple of lm_100m_smoke's sequence length 32; use {mend}"
+    )
+
+
+@products
+def test_table(product, kernels):
+    (rows,) = model.bench(product, [SMALL], 64, ("cuda", "xla_dense"), 1)
+    head, _, line = (line for line in table(rows).splitlines() if line.startswith("|"))
+    cells = [cell.strip() for cell in head.strip("|").split("|")]
+    assert cells == [
+        *("T, D, F", "product", "cuda", "xla_dense", "cuda : dense", "cuda : xla_dense"),
+        *("MFU of cuda", "error of cuda"),
+    ]
+    assert f"{product} lm_100m_smoke" in line
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def bench(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "experiments.bench", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.cpu_only
+@products
+def test_end_to_end(product, tmp_path):
+    file = tmp_path / "rows.json"
+    finished = bench(
+        product,
+        "--models=lm_100m:smoke",
+        "--layers=1",
+        "--tokens=64",
+        "--rounds=1",
+        f"--json={file}",
+    )
+    assert finished.returncode == 0, finished.stderr
+    environment, *rows = json.loads(file.read_text())
+    assert environment["jax"] == jax.__version__
+    assert [row["implementation"] for row in rows if row["ms"]] == ["xla_dense"]
+    assert {row["layers"] for row in rows} == {1}
+    assert all("implementation 'cuda' cannot run" in row["note"] for row in rows if not row["ms"])
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--models=gpt", "--models: 'gpt' does not exist; use some of lm_100m, paper_1p5b"),
+        ("--models=lm_100m:big", "lm_100m has no variant 'big'; write one of smoke after the"),
+        (
+            "--tokens=100",
+            "--tokens: 100 is no multiple of lm_100m's sequence length 1024; use 1024",
+        ),
+        ("--implementations=cublas", "--implementations: 'cublas' does not exist; use some of"),
+        (
+            "--figure=x.png",
+            "--figure goes with gemm, sparsify and ffn, not with step; leave it out",
+        ),
+    ],
+)
+def test_errors(flag, words):
+    finished = bench("step", flag)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert words in finished.stderr.splitlines()[-1]
