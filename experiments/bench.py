@@ -2,15 +2,16 @@
 
 python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
+python -m experiments.bench ffn --from-workdir=DIR [as above, without --shapes]
 python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--tokens=N]
     [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
 `gemm`: the four sparse products. `sparsify`: the passes that make their operands. `ffn`: the whole
-feed-forward network and its parts. `step`, `prefill`, `decode`: whole models, in training and in
-inference. `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's
-fastest schedules.
+feed-forward network and its parts, on synthetic operands or on those of a trained model. `step`,
+`prefill`, `decode`: whole models, in training and in inference. `draw` makes table and figure anew
+from the rows of a file. `--tune` saves our kernel's fastest schedules.
 """
 
 import os
@@ -30,6 +31,7 @@ from configs import lm_100m, paper_1p5b
 from experiments import cli
 from s24jax import device
 from s24jax.bench import ffn, gemm, model, sparsify
+from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.rows import environment, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_names, parse_shapes
@@ -49,6 +51,7 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
+FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose FFNs `ffn` takes.")
 MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
 LAYERS = flags.DEFINE_integer("layers", None, "Of each model. Default: all.", lower_bound=1)
 TOKENS = flags.DEFINE_integer("tokens", 16384, "Of a step or a prompt.", lower_bound=1)
@@ -85,6 +88,11 @@ def main(arguments: list[str]) -> None:
 def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
     products = _names("products", PRODUCTS.value, bench.PRODUCTS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, bench.IMPLEMENTATIONS)
+    if FROM_WORKDIR.value:
+        if bench is not ffn:
+            raise InvalidInput("--from-workdir goes with ffn alone; leave it out")
+        cases = captured(FROM_WORKDIR.value)
+        return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
     return bench.bench(_shapes(), products, implementations, ROUNDS.value)
 
 

@@ -896,6 +896,8 @@ def test_sparsify_end_to_end(tmp_path):
         (["gemm", "--tune", "--shapes=64x32x128"], "tune: the default device is a CPU; needs"),
         (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
         (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
+        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn alone; leave it out"),
+        (["ffn", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
         (["draw"], "draw: --json is not given; name the file of the rows"),
         (["gemm", "stray"], "'stray' is no flag; write --flag=value"),
     ],

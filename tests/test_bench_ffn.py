@@ -3,6 +3,7 @@
 Our kernels are played by the reference.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -12,18 +13,25 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from figures import assert_no_overlap
 
+from configs import quickstart
+from s24jax.bench import captured as captured_module
 from s24jax.bench import ffn
+from s24jax.bench.captured import captured
 from s24jax.bench.figure import bench_figure
 from s24jax.bench.operands import DENSE, SPARSE
 from s24jax.bench.rows import KEYS, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape
 from s24jax.bench.table import table
 from s24jax.bench.timing import Result
-from s24jax.errors import Unsupported
+from s24jax.data import prepare, validation_batches
+from s24jax.errors import InvalidInput, Unsupported
+from s24jax.evaluate import restore_run
 from s24jax.ops.relu2_ffn import relu2_ffn
+from s24jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = Shape(64, 32, 128)
@@ -76,7 +84,8 @@ def test_rows_of_each_pass_and_part(kernels):
     for rows, factor in zip(batches, products, strict=True):
         by_name = {row["implementation"]: row for row in rows}
         for row in rows:
-            assert tuple(row) == (*KEYS, *ADDED)
+            assert tuple(row) == (*KEYS, *ADDED, "source", "zeros")
+            assert (row["source"], row["zeros"]) == ("synthetic", pytest.approx(0.9, abs=0.02))
             assert row["ms"] > 0 and row["note"] == ""
             flops = factor * 2 * 64 * 32 * 128
             if factor:
@@ -111,6 +120,22 @@ def test_the_unfused_form_is_the_same_ffn(kernels):
         assert ffn.relative_error(ours, theirs.astype(jnp.float32)) < 1e-2
 
 
+def test_the_oracle_is_the_method():
+    """As numpy has it, from the same rounded Y1."""
+    operands, recipe = ffn.make_operands(SMALL), ffn.recipe_of(SMALL)
+    x, w_up, w_down, dy3 = map(np.asarray, operands)
+    y1 = np.asarray(operands.x_TD @ operands.w_up_FD.T)
+    expected = oracles.ffn(x, w_up, w_down, dy3, y1=y1, **dataclasses.asdict(recipe))
+    found = ffn._oracle(False, operands)
+    assert found["both"] == (found["forward"], found["backward"])
+    for name, ours in zip(
+        ("y3", "dx", "dw_up", "dw_down"), (found["forward"], *found["backward"]), strict=True
+    ):
+        theirs = getattr(expected, name).astype(np.float32)
+        assert ours.dtype == jnp.float32
+        assert ffn.relative_error(ours, theirs) < 5e-3, name
+
+
 def test_a_wrong_gradient_has_no_time(kernels, monkeypatch):
     right = ffn.matmul24
 
@@ -129,6 +154,65 @@ def test_parts_of_the_dense_ffn_say_why_they_cannot_run():
     (rows,) = ffn.bench([SMALL], ("up",), ("relu2_cuda",), 1)
     assert rows[0]["ms"] is None
     assert rows[0]["note"].startswith("relu2_ffn: implementation 'cuda' cannot run (cuda: the ")
+
+
+# ----------------------------------------------------------------------------- of a trained model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A smoke run's workdir: 2 layers, D 16, F 64, batches of 4 sequences of 32."""
+    config, workdir = quickstart.get_config("smoke"), tmp_path_factory.mktemp("run") / "smoke"
+    config.data.data_dir = str(tmp_path_factory.mktemp("data"))
+    train(config, workdir)
+    return workdir
+
+
+def test_captured_operands_are_those_of_the_model(run):
+    """Y2 of a captured layer has the zeros that the run's own probe counts."""
+    cases = list(captured(run))
+    assert [case.source for case in cases] == ["layer 1 of 2, step 6", "layer 2 of 2, step 6"]
+    config, program, state, _ = restore_run(run)
+    weights = program.model(state.params).blocks.ffn
+    for layer, (_, operands) in enumerate(cases):
+        assert operands.shape == (128, 16, 64)
+        assert {array.dtype.name for array in operands} == {"bfloat16"}
+        np.testing.assert_array_equal(
+            operands.w_up_FD, weights.w_up[...][layer].astype(jnp.bfloat16)
+        )
+        np.testing.assert_array_equal(
+            operands.w_down_FD, weights.w_down[...][layer].astype(jnp.bfloat16)
+        )
+    (text,) = validation_batches(
+        prepare(config.data, sequence_length=32), batch_size=4, num_batches=1
+    )
+    probed = program.probe(state.params, jnp.asarray(text))["zero_share"]
+    zeros = [float(ffn.zero_share(case.operands)) for case in cases]
+    np.testing.assert_allclose(zeros, probed, atol=5e-3)  # in bfloat16
+
+
+def test_captured_tokens_are_whole_sequences(run):
+    assert [case.operands.shape.T for case in captured(run, tokens=70)] == [64, 64]
+
+
+def test_captured_operands_of_another_ffn(run, monkeypatch):
+    config, *rest = restore_run(run)
+    config = config.copy_and_resolve_references()
+    config.model.ffn = "gelu"
+    monkeypatch.setattr(captured_module, "restore_run", lambda workdir: (config, *rest))
+    with pytest.raises(InvalidInput) as error:
+        next(captured(run))
+    assert str(error.value) == (
+        f"--from-workdir: the FFNs of {run} are gelu; use a run of relu2 or relu2_24"
+    )
+
+
+def test_lines_of_one_shape_are_told_apart(run):
+    rows = []
+    for found in ffn.bench_cases(captured(run), ("up",), ("xla_dense",), 1):
+        rows += found
+    lines = [line for line in table(rows).splitlines() if "up forward" in line]
+    assert ["layer 1 of 2, step 6" in line for line in lines] == [True, False]
 
 
 # ------------------------------------------------------------------------------- table and figure

@@ -12,7 +12,7 @@ in one program. The others are its parts, one at a time.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from s24jax.bench.products import relative_error
 from s24jax.bench.rows import Row, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, Result, measure
+from s24jax.compressed import compress24
 from s24jax.ffn import ffn24
 from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import feature_wise24
@@ -54,6 +55,7 @@ PRODUCTS = ("ffn", *PARTS)
 IMPLEMENTATIONS = ("cuda", "unfused", "relu2_cuda", "xla_dense", "reference")
 DENSE = ("relu2_cuda", "xla_dense")
 RATIOS = {"ratio_to_xla_dense": "xla_dense", "ratio_to_fused_dense": "relu2_cuda"}
+SYNTHETIC = "synthetic"
 _LOG = logging.getLogger(__name__)
 
 FFN = Callable[[Array, Array, Array], Array]
@@ -68,6 +70,17 @@ class Operands(NamedTuple):
     w_down_FD: Float[Array, "F D"]
     dy3_TD: Float[Array, "T D"]
 
+    @property
+    def shape(self) -> Shape:
+        return Shape(*self.x_TD.shape, self.w_up_FD.shape[0])
+
+
+class Case(NamedTuple):
+    """Operands and where they are from: "synthetic", or a layer of a model."""
+
+    source: str
+    operands: Operands
+
 
 class Compiled(NamedTuple):
     """A compiled function of arrays, and the bytes that it holds at its peak."""
@@ -79,18 +92,38 @@ class Compiled(NamedTuple):
 def bench(
     shapes: Sequence[Shape], products: Sequence[str], implementations: Sequence[str], rounds: int
 ) -> Iterator[list[Row]]:
-    """The rows of each pass and part at each shape, as soon as they are there."""
-    for shape in shapes:
-        operands = make_operands(shape)
-        if "ffn" in products:
-            yield from _whole(shape, operands, implementations, rounds)
-        parts = [part for part in PARTS if part in products]
-        if parts:
-            makers = _part_makers(operands)
-        for part in parts:
-            _LOG.info("ffn: %s of %s", part, shape)
-            chosen = {n: m for n, m in makers[part].items() if n in implementations}
-            yield _rows(shape, part, PARTS[part], measure(chosen, rounds), int(part != "split"))
+    """`bench_cases` of synthetic operands of each shape."""
+    cases = (Case(SYNTHETIC, make_operands(shape)) for shape in shapes)
+    return bench_cases(cases, products, implementations, rounds)
+
+
+def bench_cases(
+    cases: Iterable[Case], products: Sequence[str], implementations: Sequence[str], rounds: int
+) -> Iterator[list[Row]]:
+    """The rows of each pass and part of each case, as soon as they are there."""
+    for source, operands in cases:
+        added = {"source": source, "zeros": float(zero_share(operands))}
+        for rows in _rows_of(operands, products, implementations, rounds):
+            yield [row | added for row in rows]
+
+
+@jax.jit
+def zero_share(operands: Operands) -> Float[Array, ""]:
+    """Of Y2 before pruning."""
+    return jnp.mean(relu2(operands.x_TD @ operands.w_up_FD.T) == 0)
+
+
+def _rows_of(operands, products, implementations, rounds) -> Iterator[list[Row]]:
+    shape = operands.shape
+    if "ffn" in products:
+        yield from _whole(shape, operands, implementations, rounds)
+    parts = [part for part in PARTS if part in products]
+    if parts:
+        makers = _part_makers(operands)
+    for part in parts:
+        _LOG.info("ffn: %s of %s", part, shape)
+        chosen = {n: m for n, m in makers[part].items() if n in implementations}
+        yield _rows(shape, part, PARTS[part], measure(chosen, rounds), int(part != "split"))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -121,7 +154,7 @@ def recipe_of(shape: Shape) -> Recipe:
 
 def _whole(shape, operands, implementations, rounds) -> Iterator[list[Row]]:
     ffns = {n: ffn for n, ffn in _ffns(recipe_of(shape)).items() if n in implementations}
-    oracles = {dense: _oracle(dense, recipe_of(shape), operands) for dense in (True, False)}
+    oracles = {dense: _oracle(dense, operands) for dense in (True, False)}
     pull_backs, peaks = {}, {}
 
     def make(name: str, implementation: str) -> Contender:
@@ -223,19 +256,36 @@ def _compiled(function: Callable, *arguments) -> Compiled:
     return Compiled(partial(compiled, *arguments), sum(sizes))
 
 
-def _oracle(dense: bool, recipe: Recipe, operands: Operands) -> dict[str, Any]:
+def _oracle(dense: bool, operands: Operands) -> dict[str, Any]:
     """Outputs of each pass in float32, from the same bfloat16 operands."""
-    ffn = xla_dense if dense else partial(ffn24, recipe=recipe, implementation="reference")
-
-    @jax.jit
-    def run(operands):
-        *inputs, dy3 = (a.astype(jnp.float32) for a in operands)
-        y3, pull_back = jax.vjp(ffn, *inputs)
-        return y3, pull_back(dy3)
-
     with jax.default_matmul_precision("highest"):
-        y3, gradients = run(operands)
+        y3, gradients = (_dense_oracle if dense else _masked_oracle)(operands)
     return {"forward": y3, "backward": gradients, "both": (y3, gradients)}
+
+
+@jax.jit
+def _dense_oracle(operands: Operands) -> tuple[Array, tuple[Array, ...]]:
+    *inputs, dy3 = (a.astype(jnp.float32) for a in operands)
+    y3, pull_back = jax.vjp(xla_dense, *inputs)
+    return y3, pull_back(dy3)
+
+
+@jax.jit
+def _masked_oracle(operands: Operands) -> tuple[Array, tuple[Array, ...]]:
+    """Dense products of Y2 and dY1 under the masks that the rounded Y1 and Y2 decide."""
+    x, w_up, w_down, dy3 = (a.astype(jnp.float32) for a in operands)
+    y1_TF = operands.x_TD @ operands.w_up_FD.T
+    pruned, counts_F = sparsify24(y1_TF, implementation="reference")
+    pruned_TF = pruned.decompress()
+    features = counts_F.size
+    split = split_features(counts_F, dense_features(features), implementation="reference")
+    grouped = compress24(pruned_TF[:, split.sparse], axis=0, grouping=STRIDED)
+    kept = grouped.with_values(jnp.ones_like(grouped.values)).decompress()
+    mask_TF = jnp.ones(pruned_TF.shape).at[:, split.sparse].set(kept.astype(jnp.float32))
+    y2 = pruned_TF.astype(jnp.float32)
+    dy1 = 2 * jnp.sqrt(y2) * (dy3 @ w_down.T)
+    gradients = dy1 @ w_up, (dy1 * mask_TF).T @ x, (y2 * mask_TF).T @ dy3
+    return y2 @ w_down, gradients
 
 
 def _worst_error(out: Any, *, oracle: Any) -> float:

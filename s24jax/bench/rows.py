@@ -16,6 +16,8 @@ Rows of bench "ffn" have in addition
     ratio_to_fused_dense   time of our own dense FFN / time
     saved_bytes            between forward and backward, X not counted; of the whole FFN
     peak_bytes             arguments, results and temporaries of the pass; of the whole FFN
+    source                 of the operands: "synthetic", or a layer of a trained model
+    zeros                  share of zeros in Y2 before pruning
 
 and rows of benches of whole models ("step", "prefill", "decode"), whose T is the tokens of a call,
 

@@ -44,8 +44,7 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     lines: dict[tuple, dict[str, Row]] = {}
     for row in rows:
-        of = row.get("pass") or row.get("model")
-        product = " ".join(filter(None, [row["product"], of]))
+        product = _label(row)
         line = tuple(row[k] for k in ("T", "D", "F")) + (product, row["M"], row["N"], row["K"])
         lines.setdefault(line, {})[row["implementation"]] = row
     ours = [row for row in rows if row["implementation"] == OURS]
@@ -64,8 +63,19 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     if bench == "gemm":
         found += _means(lines.values())
     elif bench == "ffn":
-        found += _means(found for line, found in lines.items() if "ffn both" in line)
+        found += _means(
+            found
+            for (*_, product, _, _, _), found in lines.items()
+            if product.startswith("ffn both")
+        )
     return found + [line for note, i in notes.items() for line in ("", f"[{i}] {note}")]
+
+
+def _label(row: Row) -> str:
+    """The product, with what else tells lines of one shape apart."""
+    source = row.get("source", "synthetic")
+    more = [row.get("pass"), row.get("model"), None if source == "synthetic" else f"({source})"]
+    return " ".join(filter(None, [row["product"], *more]))
 
 
 def _means(lines: Iterable[dict[str, Row]]) -> list[str]:
