@@ -86,6 +86,32 @@ def test_matmul_sparsify24_keeps_nan(implementation):
     np.testing.assert_array_equal(counts, np.full(16, 16))
 
 
+@implementations(matmul_sparsify24_op)
+def test_matmul_sparsify24_of_no_token(implementation):
+    x, w_up = jnp.zeros((0, D), jnp.bfloat16), jnp.ones((16, D), jnp.bfloat16)
+    y2, counts = run(matmul_sparsify24, x, w_up, implementation=implementation)
+    assert (y2.shape, y2.values.shape, y2.metadata.shape) == ((0, 16), (0, 8), (0, 1, 128))
+    assert not np.any(counts)
+
+
+@implementations(matmul_sparsify24_op)
+def test_matmul_sparsify24_under_vmap(implementation):
+    rng = np.random.default_rng(0)
+    x, w_up = signs(rng, (3, 16, D)), signs(rng, (32, D))
+    y2, counts = run(
+        matmul_sparsify24,
+        jnp.asarray(x),
+        jnp.asarray(w_up),
+        in_axes=(0, None),
+        implementation=implementation,
+    )
+    for i in range(3):
+        expected, expected_counts = expected_sparsify(oracles.product(x[i], w_up.T))
+        np.testing.assert_array_equal(y2.metadata[i], expected.metadata)
+        oracles.assert_bits(y2.values[i], expected.values)
+        np.testing.assert_array_equal(counts[i], expected_counts)
+
+
 @pytest.mark.parametrize(
     "x, w_up, message",
     [
@@ -163,6 +189,64 @@ def test_matmul_feature_wise24(shape, dtype, kind, mask, implementation):
         np.testing.assert_array_equal(out.dense, planes)
 
 
+@implementations(matmul_feature_wise24_op)
+def test_matmul_feature_wise24_under_vmap(implementation):
+    """Each example has its own gradient and its own split."""
+    shape = SHAPES["odd"]
+    _, w_down, y2 = backward_data(shape, "bfloat16")
+    dy3 = signs(np.random.default_rng(2), (2, shape[0], D))
+    splits = [random_split(np.random.default_rng(i), shape[1], 40) for i in range(2)]
+    y2_in = STORE(jnp.asarray(y2), 1)
+    out = run(
+        lambda dy3, split, **how: matmul_feature_wise24(
+            dy3, jnp.asarray(w_down), y2_in, split, **how
+        ),
+        jnp.asarray(dy3),
+        jax.tree.map(lambda *parts: jnp.stack(parts), *splits),
+        in_axes=(0, 0),
+        grouping=TokenGrouping(),
+        shared_mask=True,
+        implementation=implementation,
+    )
+    groups = oracles.token_groups("strided", 0, shape[0])
+    for i, split in enumerate(splits):
+        dy1 = oracles.relu2_gradient(y2, oracles.product(dy3[i], w_down.T))
+        expected = oracles.compress(dy1, 1, choose_by=y2)
+        np.testing.assert_array_equal(out.dy1.values[i], expected.values)
+        sparse = np.asarray(split.sparse)
+        for operand, y in ((out.y2_split, y2), (out.dy1_split, dy1)):
+            expected = oracles.compress(y[:, sparse], 0, groups, choose_by=y2[:, sparse])
+            np.testing.assert_array_equal(operand.sparse.metadata[i], expected.metadata)
+            np.testing.assert_array_equal(operand.sparse.values[i], expected.values)
+            planes = oracles.dense_planes(y[:, split.dense], groups)
+            np.testing.assert_array_equal(operand.dense[i], planes)
+
+
+@implementations(matmul_feature_wise24_op)
+def test_matmul_feature_wise24_keeps_nan(implementation):
+    """A NaN of Y2 ranks highest, and its gradient is one."""
+    y2 = np.tile(np.array([1, np.nan, 4, 9], np.float32)[:, None], (16, 16))
+    y2 = jnp.asarray(y2 * (np.arange(16) % 4 < 2), jnp.bfloat16)
+    dy3, w_down = jnp.ones((64, D), jnp.bfloat16), jnp.ones((16, D), jnp.bfloat16)
+    split = FeatureSplit(jnp.arange(0), jnp.arange(16))
+    dy1, *operands = run(
+        matmul_feature_wise24,
+        dy3,
+        w_down,
+        STORE(y2, 1),
+        split,
+        grouping=TokenGrouping("adjacent"),
+        shared_mask=True,
+        implementation=implementation,
+    )
+    active = np.arange(16) % 4 < 2
+    assert np.isnan(np.asarray(dy1.decompress(), np.float32)[1::4, active]).all()
+    for operand in operands:
+        found = np.asarray(operand.sparse.decompress(), np.float32)[:, active]
+        assert np.isnan(found[1::4]).all()
+        assert np.all(found[3::4] > 0) and not np.any(found[0::4]) and not np.any(found[2::4])
+
+
 Y2 = compress24(jnp.ones((8, 16)), 1)
 
 
@@ -219,7 +303,7 @@ def test_matmul_feature_wise24_errors(dy3, w_down, y2, dense, message):
 
 
 @implementations(relu2_ffn_op)
-@pytest.mark.parametrize("leading", [(144,), (3, 48), (2, 3, 4), ()], ids=str)
+@pytest.mark.parametrize("leading", [(144,), (3, 48), (2, 3, 4), (), (0,)], ids=str)
 @dtypes
 def test_relu2_ffn(leading, dtype, implementation):
     """Value and gradients; tokens may have any number of axes, or none."""

@@ -23,6 +23,7 @@ def relu2_ffn(
     """Y3 = relu(X @ W_up^T)^2 @ W_down, all of it dense, with its exact gradient.
 
     Products accumulate in float32; Y1, Y2, Y3 and every gradient are rounded once to `x`'s dtype.
+    Gradients are reverse mode's: `jax.jvp` goes with "reference" alone.
 
     Args:
       x: activations; all axes but the last are tokens.
