@@ -30,6 +30,7 @@ from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
 from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
 from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
+from s24jax.ops.relu2_ffn.api import check_operands
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
@@ -151,16 +152,7 @@ def _dense(y: Compressed24 | Float[Array, "T F"]) -> Float[Array, "T F"]:
 
 
 def _check(x: Array, w_up: Array, w_down: Array, recipe: Recipe) -> None:
-    if x.ndim < 1 or w_up.ndim != 2 or w_up.shape != w_down.shape or w_up.shape[1] != x.shape[-1]:
-        raise InvalidInput(
-            f"ffn24: x {x.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit; "
-            "both weights must be [F, D] with D the last axis of x"
-        )
-    if not x.dtype == w_up.dtype == w_down.dtype:
-        raise InvalidInput(
-            f"ffn24: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; "
-            "cast them to one dtype"
-        )
+    check_operands("ffn24", x, w_up, w_down)
     features = w_up.shape[0]
     if features % 4:
         raise InvalidInput(f"ffn24: F={features} is no multiple of 4; pad the hidden width")

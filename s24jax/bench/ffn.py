@@ -23,9 +23,9 @@ from jax.scipy.special import ndtri
 from s24jax.activation import relu2, relu2_gradient
 from s24jax.bench.operands import DTYPE, STRIDED, dense_features, densities
 from s24jax.bench.products import relative_error
-from s24jax.bench.rows import Row, make_rows
+from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
-from s24jax.bench.timing import Contender, Result, measure
+from s24jax.bench.timing import Contender, Result, measure, peak_bytes
 from s24jax.compressed import compress24
 from s24jax.ffn import ffn24
 from s24jax.ops import dispatch
@@ -54,7 +54,6 @@ PARTS = {
 PRODUCTS = ("ffn", *PARTS)
 IMPLEMENTATIONS = ("cuda", "unfused", "relu2_cuda", "xla_dense", "reference")
 DENSE = ("relu2_cuda", "xla_dense")
-RATIOS = {"ratio_to_xla_dense": "xla_dense", "ratio_to_fused_dense": "relu2_cuda"}
 SYNTHETIC = "synthetic"
 _LOG = logging.getLogger(__name__)
 
@@ -251,9 +250,7 @@ def _compile(name: str, ffn: FFN, operands: Operands, pull_back: Callable) -> Co
 
 def _compiled(function: Callable, *arguments) -> Compiled:
     compiled = jax.jit(function).lower(*arguments).compile()
-    memory = compiled.memory_analysis()
-    sizes = (memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes)
-    return Compiled(partial(compiled, *arguments), sum(sizes))
+    return Compiled(partial(compiled, *arguments), peak_bytes(compiled))
 
 
 def _oracle(dense: bool, operands: Operands) -> dict[str, Any]:
@@ -374,10 +371,5 @@ def _rows(
     """Rows with what this bench adds; `products` of 2*T*D*F each are in the time."""
     flops = 2 * shape.T * shape.D * shape.F * products
     rows = make_rows("ffn", product, shape, results, flops=flops)
-    ms = {row["implementation"]: row["ms"] for row in rows}
-    for row in rows:
-        row["pass"] = name
-        for key, other in RATIOS.items():
-            row[key] = ms[other] / row["ms"] if ms.get(other) and row["ms"] else None
-        row["saved_bytes"] = row["peak_bytes"] = None
-    return rows
+    rows = add_ratios([row | {"pass": name} for row in rows])
+    return [row | {"saved_bytes": None, "peak_bytes": None} for row in rows]

@@ -16,15 +16,15 @@ Products:
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 
-from s24jax.bench.rows import Row, make_rows
+from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
-from s24jax.bench.timing import Contender, measure
+from s24jax.bench.timing import Contender, measure, peak_bytes
 from s24jax.errors import InvalidInput
 from s24jax.train_step import Program, make_program
 from s24jax.typing import Array, FFNMode, Int
@@ -36,7 +36,6 @@ IMPLEMENTATIONS: Mapping[str, tuple[FFNMode, str]] = {
     "relu2_cuda": ("dense", "cuda"),
     "xla_dense": ("dense", "reference"),
 }
-RATIOS = {"ratio_to_xla_dense": "xla_dense", "ratio_to_fused_dense": "relu2_cuda"}
 # Dense bfloat16 products of an H100 or H200 (SXM), by its data sheet, to which MFU refers.
 PEAK_FLOPS = 989.4e12
 _LOG = logging.getLogger(__name__)
@@ -141,7 +140,7 @@ def _step_makers(config, batch: Batch, sides: dict[str, _Side]) -> Makers:
     def make(name: str) -> Contender:
         program, mode = sides[name]
         step = program.train_step.lower(holder[0], tokens, mode=mode).compile()
-        peaks[name] = _peak_bytes(step)
+        peaks[name] = peak_bytes(step)
 
         def call() -> Array:
             holder[0], metrics = step(holder[0], tokens)
@@ -180,7 +179,7 @@ def _inference_makers(tokens: Array, sides: dict[str, _Side], make_cache: Callab
             return program.model(params).extend(tokens, cache, mode=mode)[0]
 
         compiled = jax.jit(extend).lower(params, tokens, cache).compile()
-        peaks[name] = _peak_bytes(compiled)
+        peaks[name] = peak_bytes(compiled)
         return Contender(partial(compiled, params, tokens, cache), _not_finite)
 
     return {name: partial(make, name) for name in sides}, peaks
@@ -194,12 +193,6 @@ def _not_finite(out: Array) -> float:
     return 0.0 if bool(jnp.all(jnp.isfinite(out))) else jnp.inf
 
 
-def _peak_bytes(compiled: Any) -> int:
-    memory = compiled.memory_analysis()
-    kept = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return memory.argument_size_in_bytes + kept + memory.temp_size_in_bytes
-
-
 # ------------------------------------------------------------------------------------------- rows
 
 
@@ -208,19 +201,15 @@ def _rows(product: str, config, batch: Batch, results, peaks: dict[str, int]) ->
     flops = forward_flops(product, config, batch) * (3 if product == "step" else 1)
     shape = Shape(tokens, config.model.width, config.model.hidden)
     rows = make_rows(product, product, shape, results, flops=flops)
-    ms = {row["implementation"]: row["ms"] for row in rows}
     for row in rows:
-        mine = row["ms"]
         row |= {
             "model": config.name,
             "layers": config.model.layers,
             "vocabulary": config.model.vocabulary,
             "sequence_length": batch.length,
             "remat": config.model.remat,
-            "tokens_per_s": 1e3 * tokens / mine if mine else None,
-            "mfu": row["tflops"] * 1e12 / PEAK_FLOPS if mine else None,
+            "tokens_per_s": 1e3 * tokens / row["ms"] if row["ms"] else None,
+            "mfu": row["tflops"] * 1e12 / PEAK_FLOPS if row["ms"] else None,
             "peak_bytes": peaks.get(row["implementation"]),
         }
-        for key, other in RATIOS.items():
-            row[key] = ms[other] / mine if ms.get(other) and mine else None
-    return rows
+    return add_ratios(rows)

@@ -139,6 +139,13 @@ def checked_error(contender: Contender) -> float | None:
     return None if contender.error is None else contender.error(out)
 
 
+def peak_bytes(compiled: jax.stages.Compiled) -> int:
+    """What a compiled function holds at its peak: arguments, new results and temporaries."""
+    memory = compiled.memory_analysis()
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+
+
 def is_wrong(error: float | None) -> bool:
     """Whether a relative error is more than rounding; NaN is."""
     return error is not None and not error <= WRONG

@@ -60,20 +60,25 @@ def feature_wise24(
     return candidate.run(y2, dy1, split, grouping=grouping, shared_mask=shared_mask)
 
 
+def check_split(op: str, shape: tuple[int, int], split: FeatureSplit) -> None:
+    """Raises InvalidInput where a [T, F] matrix has no groups of 4 tokens, or another split."""
+    tokens, features = shape
+    if tokens % 4:
+        raise InvalidInput(f"{op}: {tokens} tokens; pad T to a multiple of 4")
+    if split.dense.size + split.sparse.size != features:
+        raise InvalidInput(
+            f"{op}: the split has {split.dense.size} dense and {split.sparse.size} sparse "
+            f"features; together they must be F={features}"
+        )
+
+
 def _check(y2, dy1, split: FeatureSplit) -> None:
     if y2.shape != dy1.shape or y2.dtype != dy1.dtype:
         raise InvalidInput(
             f"feature_wise24: y2 is {y2.dtype} {y2.shape}, dy1 {dy1.dtype} {dy1.shape}; "
             "they must have one dtype and one shape"
         )
-    tokens, features = y2.shape
-    if tokens % 4:
-        raise InvalidInput(f"feature_wise24: {tokens} tokens; pad T to a multiple of 4")
-    if split.dense.size + split.sparse.size != features:
-        raise InvalidInput(
-            f"feature_wise24: the split has {split.dense.size} dense and {split.sparse.size} "
-            f"sparse features; together they must be F={features}"
-        )
+    check_split("feature_wise24", y2.shape, split)
     for name, y in (("y2", y2), ("dy1", dy1)):
         if isinstance(y, Compressed24) and y.axis != 1:
             raise InvalidInput(f"feature_wise24: {name} is compressed along axis 0; use axis 1")

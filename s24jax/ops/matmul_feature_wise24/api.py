@@ -4,6 +4,7 @@ from s24jax.compressed import Compressed24
 from s24jax.errors import InvalidInput
 from s24jax.feature_split import FeatureSplit
 from s24jax.ops import dispatch
+from s24jax.ops.feature_wise24.api import check_split
 from s24jax.ops.matmul_feature_wise24 import cuda, reference
 from s24jax.ops.matmul_feature_wise24.operands import BackwardOperands
 from s24jax.token_groups import TokenGrouping
@@ -67,11 +68,4 @@ def _check(dy3: Array, w_down: Array, y2: Compressed24, split: FeatureSplit) -> 
             f"matmul_feature_wise24: dy3 is {dy3.dtype}, w_down {w_down.dtype}, y2 {y2.dtype}; "
             "cast them to one dtype"
         )
-    tokens, features = y2.shape
-    if tokens % 4:
-        raise InvalidInput(f"matmul_feature_wise24: {tokens} tokens; pad T to a multiple of 4")
-    if split.dense.size + split.sparse.size != features:
-        raise InvalidInput(
-            f"matmul_feature_wise24: the split has {split.dense.size} dense and "
-            f"{split.sparse.size} sparse features; together they must be F={features}"
-        )
+    check_split("matmul_feature_wise24", y2.shape, split)

@@ -34,16 +34,21 @@ def relu2_ffn(
       InvalidInput: shapes or dtypes do not fit.
       Unsupported: the named implementation cannot run here.
     """
+    check_operands("relu2_ffn", x, w_up, w_down)
+    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    candidate = dispatch.resolve("relu2_ffn", implementation, CANDIDATES, x_TD, w_up, w_down)
+    return candidate.run(x_TD, w_up, w_down).reshape(x.shape)
+
+
+def check_operands(op: str, x: Array, w_up: Array, w_down: Array) -> None:
+    """Raises InvalidInput where they are no FFN's, or of several dtypes."""
     if x.ndim < 1 or w_up.ndim != 2 or w_up.shape != w_down.shape or w_up.shape[1] != x.shape[-1]:
         raise InvalidInput(
-            f"relu2_ffn: x {x.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit; "
+            f"{op}: x {x.shape}, w_up {w_up.shape}, w_down {w_down.shape} do not fit; "
             "both weights must be [F, D] with D the last axis of x"
         )
     if not x.dtype == w_up.dtype == w_down.dtype:
         raise InvalidInput(
-            f"relu2_ffn: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; "
+            f"{op}: x is {x.dtype}, w_up {w_up.dtype}, w_down {w_down.dtype}; "
             "cast them to one dtype"
         )
-    x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    candidate = dispatch.resolve("relu2_ffn", implementation, CANDIDATES, x_TD, w_up, w_down)
-    return candidate.run(x_TD, w_up, w_down).reshape(x.shape)
