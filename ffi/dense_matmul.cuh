@@ -7,13 +7,14 @@
 // both. The grid is one block per multiprocessor. Read: produce, multiply, hand_over, finish.
 #pragma once
 #include <cuda.h>
-#include <cuda_bf16.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "activation.cuh"
 #include "error.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "tensor_map.cuh"
 #include "xla/ffi/api/ffi.h"
 
@@ -165,10 +166,8 @@ __device__ __forceinline__ void hand_over(const float (&sums)[kColumns / 2], uin
   for (int i = 0; i < kColumns / 8; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const __nv_bfloat162 pair =
-          __float22bfloat162_rn(make_float2(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]));
-      store_shared(unit_of(tile, row + 8 * half, 8 * i) + lane % 4 * 4,
-                   reinterpret_cast<const uint32_t&>(pair));
+      const uint32_t pair = round_pair(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
+      store_shared(unit_of(tile, row + 8 * half, 8 * i) + lane % 4 * 4, pair);
     }
   }
 }
@@ -284,30 +283,13 @@ xla::ffi::Error launch(const char* op, cudaStream_t stream,
   arg.k_blocks = tiles(k, kDepth);
   arg.group = group;
 
-  int device, blocks;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(dense_matmul_kernel<Epilogue>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
-  }
+  int blocks;
+  const auto kernel = dense_matmul_kernel<Epilogue>;
+  const cudaError_t error = most_blocks(kernel, kCluster, kSharedBytes, &blocks);
   if (error != cudaSuccess) return status(op, error);
-  blocks = std::min(blocks / kCluster, arg.row_tiles * arg.column_tiles) * kCluster;
-
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return status(op, cudaLaunchKernelEx(&config, dense_matmul_kernel<Epilogue>, arg, epilogue));
+  blocks = std::min(blocks, arg.row_tiles * arg.column_tiles * kCluster);
+  return status(op, launch_clusters(kernel, kCluster, blocks, kThreads, kSharedBytes, stream, arg,
+                                    epilogue));
 }
 
 }  // namespace s24jax::dense_matmul

@@ -11,6 +11,7 @@
 // twice as long, whose metadata is a constant.
 #include "error.cuh"
 #include "hopper.cuh"
+#include "launch.cuh"
 #include "matmul24_schedule.cuh"
 #include "tensor_map.cuh"
 #include "xla/ffi/api/ffi.h"
@@ -456,17 +457,10 @@ struct Matrices {
 template <typename T, typename Out>
 ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool strided,
                   uint8_t* workspace, size_t workspace_bytes) {
-  int device, blocks;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(matmul24_kernel<T, Out>,
-                                 cudaFuncAttributeMaxDynamicSharedMemorySize, T::SHARED_BYTES);
-  }
+  int blocks;
+  const auto kernel = matmul24_kernel<T, Out>;
+  cudaError_t error = most_blocks(kernel, kCluster, T::SHARED_BYTES, &blocks);
   if (error != cudaSuccess) return status("matmul24", error);
-  blocks = blocks / kCluster * kCluster;
 
   const int64_t k = in.b.dimensions()[0], kept = k / 2, n = arg.n;
   const int64_t member = strided ? k / 4 * n : n, group = strided ? n : 4 * n;
@@ -500,18 +494,8 @@ ffi::Error launch(cudaStream_t stream, Arguments arg, const Matrices& in, bool s
     if (error != cudaSuccess) return status("matmul24", error);
   }
 
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = T::SHARED_BYTES;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  return status("matmul24", cudaLaunchKernelEx(&config, matmul24_kernel<T, Out>, arg));
+  return status("matmul24", launch_clusters(kernel, kCluster, blocks, kThreads, T::SHARED_BYTES,
+                                            stream, arg));
 }
 
 template <typename T>

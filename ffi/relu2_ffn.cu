@@ -85,8 +85,8 @@ ffi::Error relu2_ffn_y2(cudaStream_t stream, ffi::Buffer<ffi::BF16> x, ffi::Buff
 }
 
 ffi::Error relu2_ffn_dy1(cudaStream_t stream, ffi::Buffer<ffi::BF16> dy3,
-                                 ffi::Buffer<ffi::BF16> w, ffi::Buffer<ffi::BF16> y2,
-                                 ffi::ResultBuffer<ffi::BF16> dy1, int32_t group) {
+                         ffi::Buffer<ffi::BF16> w, ffi::Buffer<ffi::BF16> y2,
+                         ffi::ResultBuffer<ffi::BF16> dy1, int32_t group) {
   Elementwise<true, Relu2Gradient> epilogue = {};
   epilogue.y2 = reinterpret_cast<const uint4*>(y2.typed_data());
   epilogue.out = reinterpret_cast<uint4*>(dy1->typed_data());
