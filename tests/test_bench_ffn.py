@@ -5,6 +5,7 @@ Our kernels are played by the reference.
 
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import subprocess
@@ -19,7 +20,7 @@ from figures import assert_no_overlap
 
 from configs import quickstart
 from s24jax.bench import captured as captured_module
-from s24jax.bench import ffn
+from s24jax.bench import ffn, ffn_parts
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import bench_figure
 from s24jax.bench.operands import DENSE, SPARSE
@@ -49,12 +50,17 @@ def kernels(monkeypatch):
     def played(op):
         return lambda *args, implementation, **how: op(*args, implementation="reference", **how)
 
-    for name in OPS:
-        monkeypatch.setattr(ffn, name, played(getattr(ffn, name)))
+    for module, name in itertools.product((ffn, ffn_parts), OPS):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, played(getattr(module, name)))
     monkeypatch.setattr(ffn, "relu2_ffn", played(relu2_ffn))
-    monkeypatch.setattr(ffn, "_dense_contender", ffn._contender)
-    monkeypatch.setattr(ffn.relu2_cuda, "y2_of", lambda x, w: jnp.square(jax.nn.relu(x @ w.T)))
-    monkeypatch.setattr(ffn.relu2_cuda, "dy1_of", lambda dy3, w, y2: 2 * jnp.sqrt(y2) * (dy3 @ w.T))
+    monkeypatch.setattr(ffn_parts, "_dense_contender", ffn_parts._contender)
+    monkeypatch.setattr(
+        ffn_parts.relu2_cuda, "y2_of", lambda x, w: jnp.square(jax.nn.relu(x @ w.T))
+    )
+    monkeypatch.setattr(
+        ffn_parts.relu2_cuda, "dy1_of", lambda dy3, w, y2: 2 * jnp.sqrt(y2) * (dy3 @ w.T)
+    )
 
 
 def test_the_zeros_lie_as_in_a_trained_model():

@@ -6,7 +6,8 @@ products     one sparse product in the forms that its contenders take, and its f
 timing       contenders measured in turns
 torch_peers  dense cuBLAS and cuSPARSELt, through torch
 cusparselt   the search for cuSPARSELt's fastest right algorithm
-gemm         a bench: a generator of rows; so is sparsify
+gemm         a bench: a generator of rows; so are sparsify, ffn and model
+ffn_operands, ffn_parts, captured   what ffn runs on, what it is made of, FFNs of a trained model
 tune         the fastest schedule of our own kernel for each product
 rows         flat rows and their JSON; table and figure show them, with the ceilings of rates
 """

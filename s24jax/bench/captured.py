@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s24jax.bench.ffn import Case, Operands
+from s24jax.bench.ffn_operands import Case, Operands
 from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
 from s24jax.evaluate import restore_run

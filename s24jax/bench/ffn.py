@@ -18,67 +18,33 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.special import ndtri
 
-from s24jax.activation import relu2, relu2_gradient
-from s24jax.bench.operands import DTYPE, STRIDED, dense_features, densities
+from s24jax.activation import relu2_gradient
+from s24jax.bench.ffn_operands import SYNTHETIC, Case, Operands, make_operands, zero_share
+from s24jax.bench.ffn_parts import PARTS, part_makers
+from s24jax.bench.operands import STRIDED, dense_features
 from s24jax.bench.products import relative_error
 from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, Result, measure, peak_bytes
 from s24jax.compressed import compress24
 from s24jax.ffn import ffn24
-from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
-from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
-from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
-from s24jax.ops.relu2_ffn import CANDIDATES, relu2_ffn
-from s24jax.ops.relu2_ffn import cuda as relu2_cuda
+from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.split_features import split_features
 from s24jax.ops.split_matmul24 import split_matmul24
 from s24jax.recipe import Recipe
-from s24jax.typing import Array, Float
+from s24jax.typing import Array
 
 PASSES = {"forward": 2, "backward": 4, "both": 6}  # products of 2*T*D*F in each
-PARTS = {
-    "up": "forward",
-    "y3": "forward",
-    "split": "backward",
-    "mid": "backward",
-    "dx": "backward",
-    "dw_down": "backward",
-    "dw_up": "backward",
-}
 PRODUCTS = ("ffn", *PARTS)
 IMPLEMENTATIONS = ("cuda", "unfused", "relu2_cuda", "xla_dense", "reference")
 DENSE = ("relu2_cuda", "xla_dense")
-SYNTHETIC = "synthetic"
 _LOG = logging.getLogger(__name__)
 
 FFN = Callable[[Array, Array, Array], Array]
-Makers = dict[str, Callable[[], Contender]]
-
-
-class Operands(NamedTuple):
-    """X, both weights, and the gradient of the output."""
-
-    x_TD: Float[Array, "T D"]
-    w_up_FD: Float[Array, "F D"]
-    w_down_FD: Float[Array, "F D"]
-    dy3_TD: Float[Array, "T D"]
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(*self.x_TD.shape, self.w_up_FD.shape[0])
-
-
-class Case(NamedTuple):
-    """Operands and where they are from: "synthetic", or a layer of a model."""
-
-    source: str
-    operands: Operands
 
 
 class Compiled(NamedTuple):
@@ -106,40 +72,17 @@ def bench_cases(
             yield [row | added for row in rows]
 
 
-@jax.jit
-def zero_share(operands: Operands) -> Float[Array, ""]:
-    """Of Y2 before pruning."""
-    return jnp.mean(relu2(operands.x_TD @ operands.w_up_FD.T) == 0)
-
-
 def _rows_of(operands, products, implementations, rounds) -> Iterator[list[Row]]:
     shape = operands.shape
     if "ffn" in products:
         yield from _whole(shape, operands, implementations, rounds)
     parts = [part for part in PARTS if part in products]
     if parts:
-        makers = _part_makers(operands)
+        makers = part_makers(operands)
     for part in parts:
         _LOG.info("ffn: %s of %s", part, shape)
         chosen = {n: m for n, m in makers[part].items() if n in implementations}
         yield _rows(shape, part, PARTS[part], measure(chosen, rounds), int(part != "split"))
-
-
-@partial(jax.jit, static_argnums=0)
-def make_operands(shape: Shape) -> Operands:
-    """Operands whose Y2 has the zeros of a trained model (`s24jax.bench.operands`).
-
-    X's first column is 1, so that W_up's first column sets how often each feature is active; Y1 is
-    normal, of unit variance.
-    """
-    keys = jax.random.split(jax.random.key(2), 5)
-    T, D, F = shape
-    x = jax.random.normal(keys[0], (T, D)).at[:, 0].set(1)
-    w_up = jax.random.normal(keys[1], (F, D)) * (D - 1) ** -0.5
-    w_up = w_up.at[:, 0].set(ndtri(densities(keys[2], F)))
-    w_down = jax.random.normal(keys[3], (F, D)) * F**-0.5
-    dy3 = jax.random.normal(keys[4], (T, D))
-    return Operands(*(a.astype(DTYPE) for a in (x, w_up, w_down, dy3)))
 
 
 def recipe_of(shape: Shape) -> Recipe:
@@ -288,78 +231,6 @@ def _masked_oracle(operands: Operands) -> tuple[Array, tuple[Array, ...]]:
 def _worst_error(out: Any, *, oracle: Any) -> float:
     pairs = zip(jax.tree.leaves(out), jax.tree.leaves(oracle), strict=True)
     return max(float(relative_error(ours, theirs)) for ours, theirs in pairs)
-
-
-# ---------------------------------------------------------------------------------------- its parts
-
-
-def _part_makers(operands: Operands) -> dict[str, Makers]:
-    x, w_up, w_down, dy3 = operands
-    y1_dense = jax.jit(lambda x, w: x @ w.T)(x, w_up)
-    y2_dense = jax.jit(relu2)(y1_dense)
-    dense = dense_features(w_up.shape[0])
-    y2, counts = jax.jit(partial(sparsify24, implementation="reference"))(y1_dense)
-    split = jax.jit(partial(split_features, dense_features=dense, implementation="reference"))(
-        counts
-    )
-
-    @jax.jit
-    def backward(dy3, w_down, y2, split):
-        return matmul_feature_wise24(
-            dy3,
-            w_down,
-            y2,
-            split,
-            grouping=STRIDED,
-            shared_mask=True,
-            implementation="reference",
-        )
-
-    dy1, y2_split, dy1_split = backward(dy3, w_down, y2, split)
-    dy1_dense = jax.jit(lambda dy1: dy1.decompress())(dy1)
-    ours = {"implementation": "cuda"}
-    mid = partial(matmul_feature_wise24, grouping=STRIDED, shared_mask=True, **ours)
-    plain = {
-        "y3": (lambda a, b: a @ b, y2_dense, w_down),
-        "dx": (lambda a, b: a @ b, dy1_dense, w_up),
-        "dw_down": (lambda a, b: a.T @ b, y2_dense, dy3),
-        "dw_up": (lambda a, b: a.T @ b, dy1_dense, x),
-    }
-    cuda = {
-        "up": (partial(matmul_sparsify24, **ours), x, w_up),
-        "y3": (partial(matmul24, **ours), y2, w_down),
-        "split": (partial(split_features, dense_features=dense, **ours), counts),
-        "mid": (mid, dy3, w_down, y2, split),
-        "dx": (partial(matmul24, **ours), dy1, w_up),
-        "dw_down": (partial(split_matmul24, **ours), y2_split, dy3, split),
-        "dw_up": (partial(split_matmul24, **ours), dy1_split, x, split),
-    }
-    fused_dense = {
-        "up": (relu2_cuda.y2_of, x, w_up),
-        "mid": (relu2_cuda.dy1_of, dy3, w_down, y2_dense),
-    }
-    xla = plain | {
-        "up": (lambda x, w: jnp.square(jax.nn.relu(x @ w.T)), x, w_up),
-        "mid": (lambda dy3, w, y1: 2 * jax.nn.relu(y1) * (dy3 @ w.T), dy3, w_down, y1_dense),
-    }
-    calls = {"cuda": cuda, "xla_dense": xla}
-    makers = {
-        part: {n: partial(_contender, *parts[part]) for n, parts in calls.items() if part in parts}
-        for part in PARTS
-    }
-    for part, call in fused_dense.items():
-        makers[part]["relu2_cuda"] = partial(_dense_contender, *call)
-    return makers
-
-
-def _contender(function: Callable, *arguments) -> Contender:
-    return Contender(partial(jax.jit(function), *arguments))
-
-
-def _dense_contender(function: Callable, a_TD: Array, w_FD: Array, *more) -> Contender:
-    """Of a kernel of `relu2_ffn`, which raises where that does."""
-    dispatch.resolve("relu2_ffn", "cuda", CANDIDATES, a_TD, w_FD, w_FD)
-    return _contender(function, a_TD, w_FD, *more)
 
 
 # --------------------------------------------------------------------------------------------- rows

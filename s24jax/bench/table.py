@@ -7,6 +7,7 @@ number leads to the notes below the table.
 import statistics
 from collections.abc import Iterable, Sequence
 
+from s24jax.bench.ffn_operands import SYNTHETIC
 from s24jax.bench.rates import RATES, share_of_ceiling
 from s24jax.bench.rows import ENVIRONMENT, Row
 
@@ -73,8 +74,8 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
 
 def _label(row: Row) -> str:
     """The product, with what else tells lines of one shape apart."""
-    source = row.get("source", "synthetic")
-    more = [row.get("pass"), row.get("model"), None if source == "synthetic" else f"({source})"]
+    source = row.get("source", SYNTHETIC)
+    more = [row.get("pass"), row.get("model"), None if source == SYNTHETIC else f"({source})"]
     return " ".join(filter(None, [row["product"], *more]))
 
 
