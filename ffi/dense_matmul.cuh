@@ -38,7 +38,7 @@ constexpr int kBarrierBytes = 1024;  // so that all behind them is aligned as th
 constexpr int kPanelColumns = 64;
 constexpr int kPanelBytes = kRows * kPanelColumns * 2;
 
-__device__ __forceinline__ uint32_t unit_of(uint32_t tile, int row, int column) {
+__device__ __forceinline__ uint32_t unit_of(uint32_t tile, uint32_t row, uint32_t column) {
   return tile + column / kPanelColumns * kPanelBytes + row * 128 +
          ((column % kPanelColumns / 8) ^ (row % 8)) * 16;
 }
@@ -82,7 +82,7 @@ class Walk {
   const int rank_;
 };
 
-// Shared memory, by address: barriers, stages, the tile.
+// Shared memory, by address: barriers, stages, the tile, the epilogue's own.
 struct Shared {
   uint32_t base;
 
@@ -93,11 +93,14 @@ struct Shared {
   __device__ uint32_t a(int stage) const { return base + kBarrierBytes + stage * kStageBytes; }
   __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
   __device__ uint32_t tile() const { return a(kStages); }
+  __device__ uint32_t scratch() const { return tile() + kTileBytes; }
 
   static_assert((2 * kStages + 2) * sizeof(uint64_t) <= kBarrierBytes);
 };
 
-constexpr int kSharedBytes = kBarrierBytes + kStages * kStageBytes + kTileBytes;
+template <typename Epilogue>
+constexpr int kSharedBytes =
+    kBarrierBytes + kStages * kStageBytes + kTileBytes + Epilogue::kScratchBytes;
 
 // --------------------------------------------------------------------------------------- producer
 
@@ -191,17 +194,16 @@ __device__ inline void consume(const Arguments& arg, const Shared& shared, int w
 
 // ---------------------------------------------------------------------------------------- epilogue
 
-// An epilogue is what its kernel needs to know, and a type Run: each thread of its warps makes one,
-// and calls `prepare(tile)` before a tile is there and `finish(tile)` when it is.
+// An epilogue is what its kernel needs to know, how much shared memory of its own it wants, and a
+// type Run: each thread of its warps makes one and calls `finish(tile)` for each tile.
 template <typename Epilogue>
 __device__ void finish(const Arguments& arg, const Epilogue& epilogue, const Shared& shared,
                        int warp) {
-  typename Epilogue::Run run(epilogue, shared.tile(), warp);
+  typename Epilogue::Run run(epilogue, shared.tile(), shared.scratch(), warp);
   Cursor<1> at_tile;
   Walk walk(arg);
   Tile tile;
   while (walk.next(tile)) {
-    run.prepare(tile);
     barrier_wait(shared.full_tile(), at_tile.parity);
     run.finish(tile);
     barrier_arrive(shared.empty_tile());
@@ -285,11 +287,11 @@ xla::ffi::Error launch(const char* op, cudaStream_t stream,
 
   int blocks;
   const auto kernel = dense_matmul_kernel<Epilogue>;
-  const cudaError_t error = most_blocks(kernel, kCluster, kSharedBytes, &blocks);
+  const cudaError_t error = most_blocks(kernel, kCluster, kSharedBytes<Epilogue>, &blocks);
   if (error != cudaSuccess) return status(op, error);
   blocks = std::min(blocks, arg.row_tiles * arg.column_tiles * kCluster);
-  return status(op, launch_clusters(kernel, kCluster, blocks, kThreads, kSharedBytes, stream, arg,
-                                    epilogue));
+  return status(op, launch_clusters(kernel, kCluster, blocks, kThreads, kSharedBytes<Epilogue>,
+                                    stream, arg, epilogue));
 }
 
 }  // namespace s24jax::dense_matmul

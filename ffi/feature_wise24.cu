@@ -20,6 +20,7 @@ constexpr int kFeatures = 128;  // of a block: 16 of each warp
 constexpr int kWarps = kFeatures / 16;
 constexpr int kBoxBytes = 4 * kGroups * kFeatures;              // half of the values, 2 bytes each
 constexpr int kSharedBytes = 2 * kBoxBytes + sizeof(uint64_t);  // two boxes and a barrier
+static_assert(kWarps * kStagedBytes <= 2 * kBoxBytes);
 
 struct Arguments {
   CUtensorMap y2, dy1;  // values [T, F/2] as (kept, group, member)
@@ -43,10 +44,8 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int feature = first_feature + 16 * warp, group = first_group + lane;
   uint32_t token_nibbles[4];
   arg.mask.load(arg.out, feature, group, token_nibbles);
-  int4 rows[4];
-  arg.out.load_rows(feature, rows);
-  __shared__ uint32_t spreads[16];
-  if (threadIdx.x < 16) spreads[threadIdx.x] = spread_of(threadIdx.x);
+  __shared__ SelectorTable selectors;
+  if (threadIdx.x < 16) selectors[threadIdx.x] = selectors_of(threadIdx.x);
   __syncthreads();
   barrier_wait(barrier, 0);
 
@@ -59,7 +58,13 @@ __global__ void __launch_bounds__(32 * kWarps)
     y2[member] = load_shared_16(shared + at);
     dy1[member] = load_shared_16(shared + kBoxBytes + at);
   }
-  write_group(arg.out, feature, group, y2, dy1, token_nibbles, rows, spreads);
+  uint32_t spread[4][4];
+#pragma unroll
+  for (int i = 0; i < 16; i++) {
+    spread[i / 4][i % 4] = selectors[token_nibbles[i / 4] >> (4 * (i % 4)) & 0xF].spread;
+  }
+  __syncthreads();  // what was copied is read; its place is free
+  write_group<true>(arg.out, feature, group, y2, dy1, spread, shared + warp * kStagedBytes);
 }
 
 ffi::Error feature_wise24(

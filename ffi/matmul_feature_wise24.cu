@@ -18,100 +18,89 @@ constexpr int kGroups = dense_matmul::kRows / 4;  // of tokens, of a tile
 constexpr int kChunk = 16;                        // features that a warp takes at a time
 constexpr int kChunks = dense_matmul::kColumns / kChunk;
 
-// Picks the two bf16 at a nibble's positions from the four of a group: a selector of
-// `permute(members 0 and 1, members 2 and 3, .)`.
-__device__ __forceinline__ uint32_t gather_of(uint32_t nibble) {
-  return 0x1010 + (nibble & 3) * 0x22 + (nibble >> 2) * 0x2200;
-}
-
 struct FeatureWise {
   const uint4* y2;  // values [T, F/2], 8 a unit
   uint4* dy1;       // likewise
   TokenMask mask;
   WeightOperands out;
 
+  static constexpr int kScratchBytes = dense_matmul::kEpilogueWarps * kStagedBytes;
+
   class Run {
    public:
-    __device__ Run(const FeatureWise& arg, uint32_t tile, int warp)
-        : arg_(arg), tile_(tile), warp_(warp) {
-      if (warp == 0) spreads()[threadIdx.x % 16] = spread_of(threadIdx.x % 16);
+    __device__ Run(const FeatureWise& arg, uint32_t tile, uint32_t scratch, int warp)
+        : arg_(arg), tile_(tile), staged_(scratch + warp * kStagedBytes), warp_(warp) {
+      if (warp == 0) selectors()[threadIdx.x % 16] = selectors_of(threadIdx.x % 16);
       named_sync(1, 32 * dense_matmul::kEpilogueWarps);
     }
 
-    __device__ void prepare(Tile tile) { load(tile, warp_); }
-
     __device__ void finish(Tile tile) {
+      const Lane lane(arg_, tile);
       for (int chunk = warp_; chunk < kChunks; chunk += dense_matmul::kEpilogueWarps) {
-        work_on(tile, chunk);
+        work_on(tile.first_column() + chunk * kChunk, chunk, lane);
       }
     }
 
    private:
-    __device__ static uint32_t* spreads() {
-      __shared__ uint32_t of_nibbles[16];
-      return of_nibbles;
-    }
-    __device__ static int group_of(Tile tile) { return tile.row * kGroups + threadIdx.x % 32; }
-    __device__ static int feature_of(Tile tile, int chunk) {
-      return tile.first_column() + chunk * kChunk;
-    }
-    __device__ uint32_t unit_in_memory(int member, int group, int feature) const {
-      const uint32_t units = arg_.out.features / 16;  // of a token
-      return arg_.mask.token(member, group) * units + uint32_t(feature) / 16;
+    __device__ static SelectorTable& selectors() {
+      __shared__ SelectorTable table;
+      return table;
     }
 
-    // What comes from memory for a chunk, asked for one chunk ahead.
-    __device__ void load(Tile tile, int chunk) {
-      const int group = group_of(tile), feature = feature_of(tile, chunk);
-      arg_.mask.load(arg_.out, feature, group, next_nibbles_);
-      const bool inside = arg_.out.has(feature, group);
+    // Where this lane's group lies, at the tile's first feature.
+    struct Lane {
+      int group;
+      bool inside;
+      uint32_t units[4], nibbles[4];  // of a member: in values, and in the mask as half-words
+
+      __device__ Lane(const FeatureWise& arg, Tile tile)
+          : group(tile.row * kGroups + threadIdx.x % 32), inside(group < arg.out.tokens / 4) {
+        const uint32_t feature = tile.first_column();
 #pragma unroll
-      for (int member = 0; member < 4; member++) {
-        next_y2_[member] =
-            inside ? __ldg(arg_.y2 + unit_in_memory(member, group, feature)) : uint4{};
+        for (int member = 0; member < 4; member++) {
+          const uint32_t token = arg.mask.token(member, group);
+          units[member] = token * (arg.out.features / 16u) + feature / 16;
+          nibbles[member] = half_word(token, feature, arg.mask.feature_blocks);
+        }
       }
-    }
+    };
 
-    __device__ void work_on(Tile tile, int chunk) {
-      const int lane = threadIdx.x % 32, column = chunk * kChunk;
-      const int group = group_of(tile), feature = feature_of(tile, chunk);
-      const bool inside = arg_.out.has(feature, group);
-      uint32_t nibbles[4];
+    __device__ void work_on(int feature, uint32_t chunk, const Lane& lane) {
+      if (feature >= arg_.out.features) return;
+      const uint32_t in_mask = half_word(0, chunk * kChunk, 1), of_warp = threadIdx.x % 32;
+      uint32_t nibbles[4], spread[4][4];
       uint4 y2[4], dy1[4];
-      int4 rows[4];
-      arg_.out.load_rows(feature, rows);
 #pragma unroll
       for (int member = 0; member < 4; member++) {
-        nibbles[member] = next_nibbles_[member];
-        y2[member] = next_y2_[member];
+        nibbles[member] =
+            lane.inside ? __ldg(arg_.mask.metadata + lane.nibbles[member] + in_mask) : 0x4444;
+        y2[member] = lane.inside ? __ldg(arg_.y2 + lane.units[member] + chunk) : uint4{};
       }
-      if (chunk + dense_matmul::kEpilogueWarps < kChunks) {
-        load(tile, chunk + dense_matmul::kEpilogueWarps);
-      }
+      const uint32_t first = dense_matmul::unit_of(tile_, of_warp, chunk * kChunk);
 #pragma unroll
       for (int member = 0; member < 4; member++) {
-        const int row = member * kGroups + lane;
-        const uint4 low = load_shared_16(dense_matmul::unit_of(tile_, row, column));
-        const uint4 high = load_shared_16(dense_matmul::unit_of(tile_, row, column + 8));
-        const uint32_t n = nibbles[member];
-        const uint4 dy2 = make_uint4(permute(low.x, low.y, gather_of(n & 0xF)),
-                                     permute(low.z, low.w, gather_of(n >> 4 & 0xF)),
-                                     permute(high.x, high.y, gather_of(n >> 8 & 0xF)),
-                                     permute(high.z, high.w, gather_of(n >> 12 & 0xF)));
-        dy1[member] = make_uint4(relu2_gradient_pair(y2[member].x, dy2.x),
-                                 relu2_gradient_pair(y2[member].y, dy2.y),
-                                 relu2_gradient_pair(y2[member].z, dy2.z),
-                                 relu2_gradient_pair(y2[member].w, dy2.w));
-        if (inside) arg_.dy1[unit_in_memory(member, group, feature)] = dy1[member];
+        // Rows of a tile that are 32 apart have their units in the same order.
+        const uint4 low = load_shared_16(first + member * kGroups * 128);
+        const uint4 high = load_shared_16((first ^ 16) + member * kGroups * 128);
+        const uint32_t dy2[4][2] = {
+            {low.x, low.y}, {low.z, low.w}, {high.x, high.y}, {high.z, high.w}};
+        uint32_t words[4];
+#pragma unroll
+        for (int g = 0; g < 4; g++) {
+          const Selectors of = selectors()[nibbles[member] >> (4 * g) & 0xF];
+          spread[member][g] = of.spread;
+          words[g] = relu2_gradient_pair(word_of(y2[member], g),
+                                         permute(dy2[g][0], dy2[g][1], of.gather));
+        }
+        dy1[member] = make_uint4(words[0], words[1], words[2], words[3]);
+        if (lane.inside) arg_.dy1[lane.units[member] + chunk] = dy1[member];
       }
-      write_group(arg_.out, feature, group, y2, dy1, nibbles, rows, spreads());
+      write_group<false>(arg_.out, feature, lane.group, y2, dy1, spread, staged_);
     }
 
     const FeatureWise& arg_;
-    const uint32_t tile_;
+    const uint32_t tile_, staged_;
     const int warp_;
-    uint32_t next_nibbles_[4];
-    uint4 next_y2_[4];
   };
 };
 

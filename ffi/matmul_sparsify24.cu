@@ -16,12 +16,13 @@ struct Sparsify {
   int* counts;         // [F], zero at the start
   int tokens, features, row_blocks, feature_blocks;
 
+  static constexpr int kScratchBytes = 0;
+
   // A warp takes 64 tokens by 64 features, 16 tokens at a time, as in sparsify24.cu.
   class Run {
    public:
-    __device__ Run(const Sparsify& out, uint32_t tile, int warp)
+    __device__ Run(const Sparsify& out, uint32_t tile, uint32_t, int warp)
         : out_(out), tile_(tile), warp_(warp) {}
-    __device__ void prepare(Tile) {}
     __device__ void finish(Tile tile) {
       constexpr int kPanels = dense_matmul::kColumns / 64;
       constexpr int kBlocks = dense_matmul::kRows / 64 * kPanels;

@@ -22,11 +22,12 @@ struct Elementwise {
   uint4* out;       // [T, F]
   int tokens, features;
 
+  static constexpr int kScratchBytes = 0;
+
   class Run {
    public:
-    __device__ Run(const Elementwise& arg, uint32_t tile, int warp)
+    __device__ Run(const Elementwise& arg, uint32_t tile, uint32_t, int warp)
         : arg_(arg), tile_(tile), warp_(warp) {}
-    __device__ void prepare(Tile) {}
     __device__ void finish(Tile tile) {
       const int lane = threadIdx.x % 32;
       for (int first = warp_ * kTogether; first < kBlocks;

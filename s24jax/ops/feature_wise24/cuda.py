@@ -75,15 +75,15 @@ def recipe_reason(grouping: TokenGrouping, shared_mask: bool) -> str | None:
 
 
 def result_types(y2: Compressed24, split: FeatureSplit) -> list[jax.ShapeDtypeStruct]:
-    """Of a handler: sparse values of Y2 and dY1, their metadata, dense rows of both, and the row
-    of each feature, which is the kernel's own."""
+    """Of a handler: sparse values of Y2 and dY1, their metadata, dense rows of both, and where the
+    values and the metadata of each feature go, which is the kernel's own."""
     tokens, features = y2.shape
     dense, sparse = split.dense.size, split.sparse.size
     values = jax.ShapeDtypeStruct((sparse, tokens // 2), y2.dtype)
     metadata = jax.ShapeDtypeStruct(metadata_shape(sparse, tokens), jnp.uint32)
     dense_rows = jax.ShapeDtypeStruct((2, dense, tokens // 2), y2.dtype)
-    row_of = jax.ShapeDtypeStruct((features,), jnp.int32)
-    return [values, values, metadata, dense_rows, dense_rows, row_of]
+    places = jax.ShapeDtypeStruct((2, features), jnp.int32)
+    return [values, values, metadata, dense_rows, dense_rows, places]
 
 
 def split_operands(
