@@ -23,15 +23,17 @@ __device__ __forceinline__ uint32_t relu_pair(uint32_t pair) {
   return result;
 }
 
-// x^2, rounded once; squares below the smallest normal number are zero.
-__device__ __forceinline__ uint32_t square_pair(uint32_t pair) {
-  float x, y;
-  asm("mul.ftz.f32 %0, %1, %1;" : "=f"(x) : "f"(low_of(pair)));
-  asm("mul.ftz.f32 %0, %1, %1;" : "=f"(y) : "f"(high_of(pair)));
+// x^2 and y^2, rounded once; squares below the smallest normal number are zero.
+__device__ __forceinline__ uint32_t square_pair(float x, float y) {
+  asm("mul.ftz.f32 %0, %0, %0;" : "+f"(x));
+  asm("mul.ftz.f32 %0, %0, %0;" : "+f"(y));
   return round_pair(x, y);
 }
 
-__device__ __forceinline__ uint32_t relu2_pair(uint32_t y1) { return square_pair(relu_pair(y1)); }
+__device__ __forceinline__ uint32_t relu2_pair(uint32_t y1) {
+  const uint32_t relu = relu_pair(y1);
+  return square_pair(low_of(relu), high_of(relu));
+}
 
 // sqrt to the last bit but one of float32, far below the rounding that follows.
 __device__ __forceinline__ float square_root(float x) {

@@ -4,12 +4,15 @@
 // Two warpgroups multiply. Of a third one, one warp copies what they multiply, and three run the
 // epilogue of a tile while the others are at the next. The two blocks of a cluster lie below each
 // other: each multiplies its own rows of A by the same rows of B, of which each copies its half to
-// both. The grid is one block per multiprocessor. Read: produce, multiply, hand_over, finish.
+// both. The grid is one block per multiprocessor. Where few tiles are left for the last wave they
+// are cut into narrow ones, so that the others do not wait long. Read: produce, multiply, hand_over,
+// finish.
 #pragma once
 #include <cuda.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "activation.cuh"
 #include "error.cuh"
@@ -21,6 +24,7 @@
 namespace s24jax::dense_matmul {
 
 constexpr int kRows = 128, kColumns = 256;  // of a block's tile
+constexpr int kNarrow = 64;                 // columns of the tiles at the end
 constexpr int kDepth = 64;                  // positions along K of a stage
 constexpr int kCluster = 2;
 constexpr int kConsumers = 2;  // warpgroups that multiply, 64 rows each
@@ -45,18 +49,19 @@ __device__ __forceinline__ uint32_t unit_of(uint32_t tile, uint32_t row, uint32_
 
 struct Arguments {
   CUtensorMap a;  // as (k, y, z): a tile's rows are `box_y` of y and the whole of z
-  CUtensorMap b;
+  CUtensorMap b, b_narrow;
   int box_y;
   int row_tiles, column_tiles;  // of a cluster
+  int wide_tiles;               // how many are not cut
   int k_blocks;
   int group;  // row tiles that are walked together, so that they share B in the L2 cache
 };
 
 struct Tile {
-  int row, column;  // in tiles of a block
+  int row;  // in tiles of a block
+  int first_column, columns;
 
   __device__ int first_row() const { return row * kRows; }
-  __device__ int first_column() const { return column * kColumns; }
 };
 
 // The tiles of a block: of each wave one.
@@ -66,12 +71,20 @@ class Walk {
       : arg_(arguments), next_(blockIdx.x / kCluster), rank_(cluster_rank()) {}
 
   __device__ bool next(Tile& tile) {
-    if (next_ >= arg_.row_tiles * arg_.column_tiles) return false;
+    constexpr int kCut = kColumns / kNarrow;
+    const int narrow = next_ - arg_.wide_tiles;
+    const int index = narrow < 0 ? next_ : arg_.wide_tiles + narrow / kCut;
+    if (index >= arg_.row_tiles * arg_.column_tiles) return false;
     const int in_group = arg_.group * arg_.column_tiles;
-    const int first_row = next_ / in_group * arg_.group;
+    const int first_row = index / in_group * arg_.group;
     const int group = min(arg_.group, arg_.row_tiles - first_row);
-    tile.row = (first_row + next_ % in_group % group) * kCluster + rank_;
-    tile.column = next_ % in_group / group;
+    tile.row = (first_row + index % in_group % group) * kCluster + rank_;
+    tile.first_column = index % in_group / group * kColumns;
+    tile.columns = kColumns;
+    if (narrow >= 0) {
+      tile.first_column += narrow % kCut * kNarrow;
+      tile.columns = kNarrow;
+    }
     next_ += gridDim.x / kCluster;
     return true;
   }
@@ -111,13 +124,15 @@ __device__ inline void produce(const Arguments& arg, const Shared& shared) {
   Walk walk(arg);
   Tile tile;
   while (walk.next(tile)) {
+    const CUtensorMap* b = tile.columns == kColumns ? &arg.b : &arg.b_narrow;
+    const int share = tile.columns / kCluster;
     for (int i = 0; i < arg.k_blocks; i++) {
       const uint32_t full = shared.full(at.stage);
       barrier_wait(shared.empty(at.stage), at.parity ^ 1);
-      barrier_arrive_expect(full, kStageBytes);
+      barrier_arrive_expect(full, kABytes + tile.columns * kDepth * 2);
       copy_box(shared.a(at.stage), &arg.a, full, i * kDepth, tile.row * arg.box_y, 0);
-      copy_box_multicast(shared.b(at.stage) + rank * (kBBytes / kCluster), &arg.b, full, kAll,
-                         i * kDepth, tile.first_column() + rank * (kColumns / kCluster), 0, 0);
+      copy_box_multicast(shared.b(at.stage) + rank * share * kDepth * 2, b, full, kAll, i * kDepth,
+                         tile.first_column + rank * share, 0, 0);
       at.advance();
     }
   }
@@ -138,7 +153,8 @@ struct Operand {
   }
 };
 
-__device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], const Arguments& arg,
+template <int COLUMNS>
+__device__ __forceinline__ void multiply(float (&sums)[COLUMNS / 2], const Arguments& arg,
                                          const Shared& shared, const Operand& a, const Operand& b,
                                          Cursor<kStages>& at, int thread) {
   uint32_t before = 0;  // the barrier of what products may still read
@@ -149,7 +165,7 @@ __device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], const Argu
 #pragma unroll
     for (int step = 0; step < kDepth / 16; step++) {
       const uint32_t offset = at.stage * kStageBytes + step * 32;
-      wgmma_dense(sums, a.at(offset), b.at(offset), i + step);
+      wgmma_dense<COLUMNS>(sums, a.at(offset), b.at(offset), i + step);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -162,11 +178,12 @@ __device__ __forceinline__ void multiply(float (&sums)[kColumns / 2], const Argu
 }
 
 // Rounds the sums into the tile.
-__device__ __forceinline__ void hand_over(const float (&sums)[kColumns / 2], uint32_t tile,
+template <int COLUMNS>
+__device__ __forceinline__ void hand_over(const float (&sums)[COLUMNS / 2], uint32_t tile,
                                           int first_row, int lane) {
   const int row = first_row + lane / 4;
 #pragma unroll
-  for (int i = 0; i < kColumns / 8; i++) {
+  for (int i = 0; i < COLUMNS / 8; i++) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const uint32_t pair = round_pair(sums[4 * i + 2 * half], sums[4 * i + 2 * half + 1]);
@@ -180,16 +197,23 @@ __device__ inline void consume(const Arguments& arg, const Shared& shared, int w
   const Operand a(shared.a(0) + warpgroup * 64 * kDepth * 2), b(shared.b(0));
   Cursor<kStages> at;
   Cursor<1> at_tile;
-  Walk walk(arg);
-  Tile tile;
-  while (walk.next(tile)) {
-    float sums[kColumns / 2];
-    multiply(sums, arg, shared, a, b, at, thread);
+  const auto work_on = [&](auto columns) {
+    constexpr int kCount = decltype(columns)::value;
+    float sums[kCount / 2];
+    multiply<kCount>(sums, arg, shared, a, b, at, thread);
     barrier_wait(shared.empty_tile(), at_tile.parity ^ 1);
-    hand_over(sums, shared.tile(), warpgroup * 64 + thread / 32 * 16, lane);
+    hand_over<kCount>(sums, shared.tile(), warpgroup * 64 + thread / 32 * 16, lane);
     barrier_arrive(shared.full_tile());
     at_tile.advance();
+  };
+  Walk walk(arg);
+  Tile tile;
+  bool more = walk.next(tile);
+  // One loop after the other: with both kinds of tile in one the compiler runs out of registers.
+  for (; more && tile.columns == kColumns; more = walk.next(tile)) {
+    work_on(std::integral_constant<int, kColumns>());
   }
+  for (; more; more = walk.next(tile)) work_on(std::integral_constant<int, kNarrow>());
 }
 
 // ---------------------------------------------------------------------------------------- epilogue
@@ -271,25 +295,34 @@ xla::ffi::Error launch(const char* op, cudaStream_t stream,
                        const Epilogue& epilogue) {
   const int64_t n = b.dimensions()[0], k = b.dimensions()[1];
   Arguments arg = {};
+  const auto map_b = [&](CUtensorMap* map, int columns) {
+    return map_tensor<4>(map, b.untyped_data(), 2, {k, n, 1, 1}, {k, k * n, k * n},
+                         {kDepth, columns / kCluster, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B);
+  };
   if (!map_tensor(&arg.a, a.untyped_data(), 2, {k, rows.y, rows.z},
                   {k * rows.y_stride, k * rows.z_stride},
                   {kDepth, rows.box_y, kRows / rows.box_y}, CU_TENSOR_MAP_SWIZZLE_128B) ||
-      !map_tensor<4>(&arg.b, b.untyped_data(), 2, {k, n, 1, 1}, {k, k * n, k * n},
-                     {kDepth, kColumns / kCluster, 1, 1}, CU_TENSOR_MAP_SWIZZLE_128B)) {
+      !map_b(&arg.b, kColumns) || !map_b(&arg.b_narrow, kNarrow)) {
     return failed(op, "cuTensorMapEncodeTiled refused an operand");
   }
-  const auto tiles = [](int64_t size, int of) { return static_cast<int>((size + of - 1) / of); };
+  const auto parts = [](int64_t size, int of) { return static_cast<int>((size + of - 1) / of); };
   arg.box_y = rows.box_y;
-  arg.row_tiles = tiles(rows.y, rows.box_y * kCluster);
-  arg.column_tiles = tiles(n, kColumns);
-  arg.k_blocks = tiles(k, kDepth);
+  arg.row_tiles = parts(rows.y, rows.box_y * kCluster);
+  arg.column_tiles = parts(n, kColumns);
+  arg.k_blocks = parts(k, kDepth);
   arg.group = group;
 
   int blocks;
   const auto kernel = dense_matmul_kernel<Epilogue>;
   const cudaError_t error = most_blocks(kernel, kCluster, kSharedBytes<Epilogue>, &blocks);
   if (error != cudaSuccess) return status(op, error);
-  blocks = std::min(blocks, arg.row_tiles * arg.column_tiles * kCluster);
+  const int tiles = arg.row_tiles * arg.column_tiles, clusters = blocks / kCluster;
+  const int rest = tiles % clusters;
+  // More would not run side by side; and each takes a third of a wide one's time, not a quarter.
+  const bool cut = rest * (kColumns / kNarrow) <= clusters;
+  arg.wide_tiles = cut ? tiles - rest : tiles;
+  const int pieces = arg.wide_tiles + (tiles - arg.wide_tiles) * (kColumns / kNarrow);
+  blocks = std::min(clusters, pieces) * kCluster;
   return status(op, launch_clusters(kernel, kCluster, blocks, kThreads, kSharedBytes<Epilogue>,
                                     stream, arg, epilogue));
 }

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "hopper.cuh"
+#include "prune24.cuh"
 #include "xla/ffi/api/ffi.h"
 
 namespace s24jax {
@@ -37,10 +38,6 @@ __device__ __forceinline__ uint32_t half_word(uint32_t row, uint32_t k, uint32_t
   return ((row / 64 * k_blocks + k / 64) * 128 + word) * 2 + row % 16 / 8;
 }
 
-__device__ __forceinline__ uint32_t word_of(const uint4& unit, int i) {
-  return i == 0 ? unit.x : i == 1 ? unit.y : i == 2 ? unit.z : unit.w;
-}
-
 // How the kept two of a group's four elements, by their nibble, are spread over the four positions
 // and gathered from them: selectors of `permute`.
 struct Selectors {
@@ -59,57 +56,12 @@ __device__ __forceinline__ Selectors selectors_of(uint32_t nibble) {
 // Those of every nibble, in shared memory.
 using SelectorTable = Selectors[16];
 
-// The instruction itself: `__byte_perm` masks the selector first.
-__device__ __forceinline__ uint32_t permute(uint32_t x, uint32_t y, uint32_t selector) {
-  uint32_t result;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(selector));
-  return result;
-}
-
-// Words hold two features from here on, 16 bits each.
-constexpr uint32_t kSigns = 0x80008000;
-constexpr uint32_t kNaNs = 0x7F817F81;  // no rank is higher: NaNs are equal
-
-// All ones in each half whose sign bit is set.
-__device__ __forceinline__ uint32_t mask_of_signs(uint32_t pair) {
-  return permute(pair, 0, 0xBB99);
-}
-
-__device__ __forceinline__ uint32_t majority(uint32_t x, uint32_t y, uint32_t z) {
-  return (x & y) | (x & z) | (y & z);
-}
-
-__device__ __forceinline__ uint32_t select(uint32_t mask, uint32_t yes, uint32_t no) {
-  return (mask & yes) | (~mask & no);
-}
-
-// Masks of the two largest of four ranks, for two features: kept is who beats two of the other
-// three. Ranks have 15 bits, so that a difference's sign bit tells who is larger; the earlier of
-// two equal ones beats the later.
-__device__ __forceinline__ void choose_pairs(const uint32_t (&rank)[4], uint32_t (&kept)[4]) {
-  const uint32_t r0 = rank[0] | kSigns, r1 = rank[1] | kSigns, r2 = rank[2] | kSigns;
-  const uint32_t b01 = r0 - rank[1], b02 = r0 - rank[2], b03 = r0 - rank[3];
-  const uint32_t b12 = r1 - rank[2], b13 = r1 - rank[3], b23 = r2 - rank[3];
-  kept[0] = mask_of_signs(majority(b01, b02, b03));
-  kept[1] = mask_of_signs(majority(~b01, b12, b13));
-  kept[2] = mask_of_signs(majority(~b02, ~b12, b23));
-  kept[3] = mask_of_signs(majority(~b03, ~b13, ~b23));
-}
-
-// The kept members of two features, as one word a feature: the first in its low half.
+// The kept members of two features, as one word a feature.
 __device__ __forceinline__ void compress_pairs(const uint32_t (&member)[4],
                                                const uint32_t (&kept)[4], uint32_t (&words)[2]) {
-  const uint32_t first = select(kept[0], member[0], select(kept[1], member[1], member[2]));
-  const uint32_t second = select(kept[3], member[3], select(kept[2], member[2], member[1]));
+  const uint32_t first = first_kept(member, kept), second = second_kept(member, kept);
   words[0] = permute(first, second, 0x5410);
   words[1] = permute(first, second, 0x7632);
-}
-
-// The nibble i0 | i1 << 2 of each of two features, four times in its half.
-__device__ __forceinline__ uint32_t nibble_pairs(const uint32_t (&kept)[4]) {
-  const uint32_t i0 = ~kept[0] & (kept[1] ^ 0xEEEEEEEE);  // 1 if member 1, else 2
-  const uint32_t i1 = kept[3] | (kept[2] ^ 0x44444444);   // 3 if member 3, else 2 or 1
-  return select(0x33333333, i0, i1);
 }
 
 // From the nibbles of two times two features, as above, a half-word of all four in order.
@@ -187,7 +139,7 @@ __device__ __forceinline__ void write_rows(const WeightOperands& out, uint32_t* 
       const int feature = 4 * i + lane / 8, at = __shfl_sync(0xFFFFFFFF, row, feature);
       const uint4 words = load_shared_16(staged + feature * 128 + lane % 8 * 16);
       if (at >= 0 && group < groups) {
-        *reinterpret_cast<uint4*>(to + uint32_t(at) * uint32_t(groups) + group) = words;
+        __stcs(reinterpret_cast<uint4*>(to + uint32_t(at) * uint32_t(groups) + group), words);
       }
     }
   } else {
@@ -203,7 +155,8 @@ __device__ __forceinline__ void write_rows(const WeightOperands& out, uint32_t* 
 
 // Lane j of a warp brings group `group` = a multiple of 32 plus j, all lanes the same features:
 // `feature` = a multiple of 16 and the 15 that follow, of each member the 8 kept values and how
-// they spread over 16. `SIGNED`: Y2 may have signs. `staged`: kStagedBytes, this warp's own.
+// they spread over 16. `SIGNED`: Y2 may have signs, and counts by magnitude. `staged`: kStagedBytes
+// of shared memory, this warp's own.
 template <bool SIGNED>
 __device__ __forceinline__ void write_group(const WeightOperands& out, int feature, int group,
                                             const uint4 (&y2)[4], const uint4 (&dy1)[4],
@@ -227,10 +180,10 @@ __device__ __forceinline__ void write_group(const WeightOperands& out, int featu
         dy1_member[member] = permute(word_of(dy1[member], g), 0, selector);
         rank[member] = __vminu2(SIGNED ? y2_member[member] & ~kSigns : y2_member[member], kNaNs);
       }
-      choose_pairs(rank, kept);
+      choose_two(rank, kept);
       compress_pairs(y2_member, kept, y2_words);
       compress_pairs(dy1_member, kept, dy1_words);
-      nibbles[g][pair] = nibble_pairs(kept);
+      nibbles[g][pair] = nibbles_of(kept);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int at = (4 * g + 2 * pair + i) * 128;

@@ -254,15 +254,25 @@ __device__ __forceinline__ void wgmma_sparse(float (&d)[N / 2], uint64_t a, uint
   }
 }
 
-// D[64, 256] = A[64, 16] * B[256, 16]^T, plus D where `add` is not 0: bf16, both K-major, float32
+#define S24_WGMMA_DENSE(N, REGISTERS, A, B, ADD) \
+  asm volatile( \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " ADD ", 0;\n" \
+      "wgmma.mma_async.sync.aligned.m64n" #N \
+      "k16.f32.bf16.bf16 " \
+      "{" S24_NAMES_##REGISTERS "}, " A ", " B ", add, 1, 1, 0, 0;\n}" \
+      : S24_REGISTERS_##REGISTERS(d) \
+      : "l"(a), "l"(b), "r"(add))
+
+// D[64, N] = A[64, 16] * B[N, 16]^T, plus D where `add` is not 0: bf16, both K-major, float32
 // accumulation. PTX ISA, "wgmma.mma_async".
-__device__ __forceinline__ void wgmma_dense(float (&d)[128], uint64_t a, uint64_t b, int add) {
-  asm volatile(
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 "
-      "{" S24_NAMES_128 "}, %128, %129, add, 1, 1, 0, 0;\n}"
-      : S24_REGISTERS_128(d)
-      : "l"(a), "l"(b), "r"(add));
+template <int N>
+__device__ __forceinline__ void wgmma_dense(float (&d)[N / 2], uint64_t a, uint64_t b, int add) {
+  if constexpr (N == 64) {
+    S24_WGMMA_DENSE(64, 32, "%32", "%33", "%34");
+  } else {
+    static_assert(N == 256);
+    S24_WGMMA_DENSE(256, 128, "%128", "%129", "%130");
+  }
 }
 
 }  // namespace s24jax

@@ -16,7 +16,6 @@ using dense_matmul::Tile;
 
 constexpr int kGroups = dense_matmul::kRows / 4;  // of tokens, of a tile
 constexpr int kChunk = 16;                        // features that a warp takes at a time
-constexpr int kChunks = dense_matmul::kColumns / kChunk;
 
 struct FeatureWise {
   const uint4* y2;  // values [T, F/2], 8 a unit
@@ -36,8 +35,8 @@ struct FeatureWise {
 
     __device__ void finish(Tile tile) {
       const Lane lane(arg_, tile);
-      for (int chunk = warp_; chunk < kChunks; chunk += dense_matmul::kEpilogueWarps) {
-        work_on(tile.first_column() + chunk * kChunk, chunk, lane);
+      for (int chunk = warp_; chunk < tile.columns / kChunk; chunk += dense_matmul::kEpilogueWarps) {
+        work_on(tile.first_column + chunk * kChunk, chunk, lane);
       }
     }
 
@@ -55,7 +54,7 @@ struct FeatureWise {
 
       __device__ Lane(const FeatureWise& arg, Tile tile)
           : group(tile.row * kGroups + threadIdx.x % 32), inside(group < arg.out.tokens / 4) {
-        const uint32_t feature = tile.first_column();
+        const uint32_t feature = tile.first_column;
 #pragma unroll
         for (int member = 0; member < 4; member++) {
           const uint32_t token = arg.mask.token(member, group);
@@ -93,7 +92,7 @@ struct FeatureWise {
                                          permute(dy2[g][0], dy2[g][1], of.gather));
         }
         dy1[member] = make_uint4(words[0], words[1], words[2], words[3]);
-        if (lane.inside) arg_.dy1[lane.units[member] + chunk] = dy1[member];
+        if (lane.inside) __stcs(arg_.dy1 + lane.units[member] + chunk, dy1[member]);
       }
       write_group<false>(arg_.out, feature, lane.group, y2, dy1, spread, staged_);
     }

@@ -24,41 +24,40 @@ struct Sparsify {
     __device__ Run(const Sparsify& out, uint32_t tile, uint32_t, int warp)
         : out_(out), tile_(tile), warp_(warp) {}
     __device__ void finish(Tile tile) {
-      constexpr int kPanels = dense_matmul::kColumns / 64;
-      constexpr int kBlocks = dense_matmul::kRows / 64 * kPanels;
-      for (int i = warp_; i < kBlocks; i += dense_matmul::kEpilogueWarps) {
-        sparsify_block(tile, i / kPanels * 64, i % kPanels * 64);
+      constexpr int kBelow = dense_matmul::kRows / 64;
+      for (int i = warp_; i < kBelow * tile.columns / 64; i += dense_matmul::kEpilogueWarps) {
+        sparsify_block(tile, i % kBelow * 64, i / kBelow * 64);
       }
     }
 
    private:
     __device__ void sparsify_block(Tile tile, int block_row, int block_column) {
       const int lane = threadIdx.x % 32;
-      const int column = block_column + lane % 4 * 16, feature = tile.first_column() + column;
+      const int column = block_column + lane % 4 * 16, feature = tile.first_column + column;
       const int row_block = (tile.first_row() + block_row) / 64;
-      const int feature_block = (tile.first_column() + block_column) / 64;
+      const int feature_block = (tile.first_column + block_column) / 64;
       if (row_block >= out_.row_blocks || feature_block >= out_.feature_blocks) return;
       uint32_t* words =
           out_.metadata + (int64_t(row_block) * out_.feature_blocks + feature_block) * 128 + lane;
       const bool inside = feature < out_.features;  // F is a multiple of 16
-      uint32_t counts[8] = {};
+      uint32_t counts[16] = {};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        uint32_t word = 0;
+        const int row = block_row + 16 * i + lane / 4, token = tile.first_row() + row;
+        uint4 in[2][2] = {}, kept[2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int row = block_row + 16 * i + lane / 4 + 8 * half, token = tile.first_row() + row;
-          uint4 in[2] = {}, kept;
-          if (inside && token < out_.tokens) {
-            in[0] = load_shared_16(dense_matmul::unit_of(tile_, row, column));
-            in[1] = load_shared_16(dense_matmul::unit_of(tile_, row, column + 8));
-          }
-          word |= sparsify_16(in, kept, counts) << (16 * half);
-          if (inside && token < out_.tokens) {
-            out_.values[(int64_t(token) * out_.features + feature) / 16] = kept;
-          }
+          if (!inside || token + 8 * half >= out_.tokens) continue;
+          in[half][0] = load_shared_16(dense_matmul::unit_of(tile_, row + 8 * half, column));
+          in[half][1] = load_shared_16(dense_matmul::unit_of(tile_, row + 8 * half, column + 8));
         }
-        words[32 * i] = word;
+        words[32 * i] = sparsify_16(in[0], in[1], kept[0], kept[1], counts);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          if (!inside || token + 8 * half >= out_.tokens) continue;
+          __stcs(out_.values + (int64_t(token + 8 * half) * out_.features + feature) / 16,
+                 kept[half]);
+        }
       }
       const uint32_t count = sum_over_tokens(counts);
       if (!inside) return;

@@ -13,7 +13,7 @@ using dense_matmul::Tile;
 // A warp takes 4 rows by 64 columns at a time, 128 bytes of each row, and asks for so many of them
 // before it needs the first.
 constexpr int kTogether = 8;
-constexpr int kPanels = dense_matmul::kColumns / 64, kBlocks = dense_matmul::kRows / 4 * kPanels;
+constexpr int kBlocks = dense_matmul::kRows / 4;  // of 64 columns
 
 // Element by element: f(sums, y2) of 8 columns each, y2 only where LOADS says that it is read.
 template <bool LOADS, typename Function>
@@ -30,10 +30,10 @@ struct Elementwise {
         : arg_(arg), tile_(tile), warp_(warp) {}
     __device__ void finish(Tile tile) {
       const int lane = threadIdx.x % 32;
-      for (int first = warp_ * kTogether; first < kBlocks;
+      for (int first = warp_ * kTogether; first < kBlocks * tile.columns / 64;
            first += dense_matmul::kEpilogueWarps * kTogether) {
-        const int column = first / (kBlocks / kPanels) * 64 + lane % 8 * 8;
-        const int feature = tile.first_column() + column;  // F is a multiple of 8
+        const int column = first / kBlocks * 64 + lane % 8 * 8;
+        const int feature = tile.first_column + column;  // F is a multiple of 8
         int64_t places[kTogether];
         uint4 y2[kTogether] = {};
 #pragma unroll
@@ -46,14 +46,14 @@ struct Elementwise {
 #pragma unroll
         for (int i = 0; i < kTogether; i++) {
           const uint32_t unit = dense_matmul::unit_of(tile_, row_of(first + i), column);
-          if (places[i] >= 0) arg_.out[places[i]] = Function::of(load_shared_16(unit), y2[i]);
+          if (places[i] >= 0) __stcs(arg_.out + places[i], Function::of(load_shared_16(unit), y2[i]));
         }
       }
     }
 
    private:
     __device__ static int row_of(int block) {
-      return block % (kBlocks / kPanels) * 4 + threadIdx.x % 32 / 8;
+      return block % kBlocks * 4 + threadIdx.x % 32 / 8;
     }
 
     const Elementwise& arg_;

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(32 * kWarps) sparsify24_kernel(const Arguments
   const int feature_block = blockIdx.x * 2 + warp / 4;
   const int feature = feature_block * 64 + lane % 4 * 16;
   const bool inside = feature < arg.features;  // F is a multiple of 16
-  uint32_t counts[8] = {};
+  uint32_t counts[16] = {};
   if (feature_block < arg.feature_blocks) {
     for (int i = 0; i < kRowBlocks; i++) {
       const int row_block = blockIdx.y * kRowBlocks + i;
@@ -52,15 +52,14 @@ __global__ void __launch_bounds__(32 * kWarps) sparsify24_kernel(const Arguments
           in[half][1] = __ldg(from + 1);
         }
       }
-      uint32_t word = 0;
+      uint4 out[2];
+      const uint32_t word = sparsify_16(in[0], in[1], out[0], out[1], counts);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int token = first_token + 8 * half;
-        uint4 out;
-        word |= sparsify_16(in[half], out, counts) << (16 * half);
         if (inside && token < arg.tokens) {
           *reinterpret_cast<uint4*>(arg.values + (int64_t(token) * arg.features + feature) / 2) =
-              out;
+              out[half];
         }
       }
       arg.metadata[(int64_t(row_block) * arg.feature_blocks + feature_block) * 128 + warp % 4 * 32 +

@@ -1,54 +1,55 @@
-// relu2 and the choice of 2 in 4 features, on bits of bf16.
+// relu2, the choice of 2 in 4 features and the count of non-zeros, for two tokens at a time.
 #pragma once
 #include <cstdint>
 
 #include "activation.cuh"
+#include "prune24.cuh"
 
 namespace s24jax {
 
-struct Kept {
-  uint32_t first, second;  // bits of the kept elements, in the order of their positions
-  uint32_t nibble;         // their positions, i0 | i1 << 2
-};
-
-// The two largest of four ranks of at most 16 bits; the earlier of two equal ones wins. A rank's
-// key carries 3 minus its position in the low bits, so that no two keys are equal.
-__device__ __forceinline__ Kept choose_two(uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  const uint32_t k0 = r0 << 2 | 3, k1 = r1 << 2 | 2, k2 = r2 << 2 | 1, k3 = r3 << 2;
-  const uint32_t high01 = max(k0, k1), low01 = min(k0, k1);
-  const uint32_t high23 = max(k2, k3), low23 = min(k2, k3);
-  const uint32_t largest = max(high01, high23);
-  const uint32_t next = max(min(high01, high23), max(low01, low23));
-  const bool in_order = (largest & 3) > (next & 3);
-  const uint32_t a = in_order ? largest : next, b = in_order ? next : largest;
-  return {a >> 2, b >> 2, (~a & 3) | (~b & 3) << 2};
-}
-
-// 16 features of one token: 8 kept values (16 bytes) and 4 nibbles; adds to the counts of
-// non-zeros, two features a word.
-__device__ __forceinline__ uint32_t sparsify_16(const uint4 (&in)[2], uint4& out,
-                                                uint32_t (&counts)[8]) {
-  const uint32_t pairs[8] = {in[0].x, in[0].y, in[0].z, in[0].w,
-                             in[1].x, in[1].y, in[1].z, in[1].w};
-  uint32_t kept[4], nibbles = 0;
+// 16 features of two tokens: of each 8 kept values (16 bytes); returns the nibbles, those of the
+// first token in the low half. Adds to the features' counts of non-zeros, a half for each token.
+__device__ __forceinline__ uint32_t sparsify_16(const uint4 (&first)[2], const uint4 (&second)[2],
+                                                uint4& first_values, uint4& second_values,
+                                                uint32_t (&counts)[16]) {
+  uint32_t values[2][4], nibbles = 0;
 #pragma unroll
   for (int group = 0; group < 4; group++) {
-    const uint32_t low = relu_pair(pairs[2 * group]), high = relu_pair(pairs[2 * group + 1]);
+    uint32_t member[4], kept[4];
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+      const int word = group % 2 * 2 + pair;
+      const uint32_t a = relu_pair(word_of(first[group / 2], word));
+      const uint32_t b = relu_pair(word_of(second[group / 2], word));
+      member[2 * pair] = permute(a, b, 0x5410);
+      member[2 * pair + 1] = permute(a, b, 0x7632);
+    }
     // From 0x2000 = 2^-63 on, a square is not zero: adding 0x6000 carries into the sign bit.
-    counts[2 * group] += (low + 0x60006000u) >> 15 & 0x00010001u;
-    counts[2 * group + 1] += (high + 0x60006000u) >> 15 & 0x00010001u;
-    const Kept two = choose_two(low & 0xFFFF, low >> 16, high & 0xFFFF, high >> 16);
-    kept[group] = square_pair(two.first | two.second << 16);
-    nibbles |= two.nibble << (4 * group);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      counts[4 * group + i] += ((member[i] + 0x60006000u) & kSigns) >> 15;
+    }
+    choose_two(member, kept);  // no signs are left, and one NaN
+    const uint32_t x = first_kept(member, kept), y = second_kept(member, kept);
+    values[0][group] = square_pair(low_of(x), low_of(y));
+    values[1][group] = square_pair(high_of(x), high_of(y));
+    nibbles = select(0x000F000Fu << (4 * group), nibbles_of(kept), nibbles);
   }
-  out = make_uint4(kept[0], kept[1], kept[2], kept[3]);
+  first_values = make_uint4(values[0][0], values[0][1], values[0][2], values[0][3]);
+  second_values = make_uint4(values[1][0], values[1][1], values[1][2], values[1][3]);
   return nibbles;
 }
 
-// Adds up the counts of the 8 threads of a warp that share lane % 4; returns word lane / 4 of them.
-__device__ __forceinline__ uint32_t sum_over_tokens(const uint32_t (&counts)[8]) {
+// Adds up the counts of both tokens and of the 8 threads of a warp that share lane % 4; returns
+// those of features 2 * (lane / 4), in the low half, and the next.
+__device__ __forceinline__ uint32_t sum_over_tokens(const uint32_t (&counts)[16]) {
   const int lane = threadIdx.x % 32;
-  uint32_t four[4], two[2];
+  uint32_t eight[8], four[4], two[2];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    eight[i] = permute(counts[2 * i], counts[2 * i + 1], 0x5410) +
+               permute(counts[2 * i], counts[2 * i + 1], 0x7632);
+  }
   // Each step gives away the half that the other lane keeps.
   const auto step = [&](uint32_t first, uint32_t second, int bit) {
     const bool keeps_second = lane & bit;
@@ -56,7 +57,7 @@ __device__ __forceinline__ uint32_t sum_over_tokens(const uint32_t (&counts)[8])
     return kept + __shfl_xor_sync(0xFFFFFFFF, given, bit);
   };
 #pragma unroll
-  for (int i = 0; i < 4; i++) four[i] = step(counts[i], counts[4 + i], 16);
+  for (int i = 0; i < 4; i++) four[i] = step(eight[i], eight[4 + i], 16);
 #pragma unroll
   for (int i = 0; i < 2; i++) two[i] = step(four[i], four[2 + i], 8);
   return step(two[0], two[1], 4);
