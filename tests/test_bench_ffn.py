@@ -112,6 +112,13 @@ def test_rows_of_each_pass_and_part(kernels):
     assert saved["xla_dense"] >= 2 * 64 * 128 * 2
 
 
+def test_the_hidden_activation_is_saved_where_it_has_the_shape_of_a_weight():
+    """T = D: Y2 [T, F] and W_up [F, D] are told apart by their number alone."""
+    shape = Shape(32, 32, 128)
+    (rows, *_) = ffn.bench([shape], ["ffn"], ["xla_dense"], rounds=1)
+    assert rows[0]["saved_bytes"] >= 2 * shape.T * shape.F
+
+
 def test_the_unfused_form_is_the_same_ffn(kernels):
     """Gradients agree but for the rounding of products."""
     operands, recipe = ffn.make_operands(SMALL), ffn.recipe_of(SMALL)

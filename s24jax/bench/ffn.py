@@ -12,6 +12,7 @@ in one program. The others are its parts, one at a time.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -172,9 +173,19 @@ def _pull_back(ffn: FFN, operands: Operands) -> Callable:
 
 def _saved_bytes(pull_back: Callable, operands: Operands) -> int:
     """Between forward and backward, X and weights apart, be they transposed."""
-    given = {tuple(sorted(array.shape)) for array in operands}
-    saved = [leaf for leaf in jax.tree.leaves(pull_back) if tuple(sorted(leaf.shape)) not in given]
-    return sum(leaf.nbytes for leaf in saved)
+    *inputs, _ = operands
+    # Each of them is left out once: where T = D, Y2 has a weight's shape.
+    left_out, saved = Counter(map(_kind, inputs)), 0
+    for leaf in jax.tree.leaves(pull_back):
+        if left_out[_kind(leaf)]:
+            left_out[_kind(leaf)] -= 1
+        else:
+            saved += leaf.nbytes
+    return saved
+
+
+def _kind(array: Array) -> tuple:
+    return tuple(sorted(array.shape)), array.dtype
 
 
 def _compile(name: str, ffn: FFN, operands: Operands, pull_back: Callable) -> Compiled:
