@@ -70,12 +70,22 @@ class Attention(nnx.Module):
         positions_L = start + jnp.arange(L)
         q, k = (rotate(y, positions_L, self.theta) for y in (q, k))
         if past is None:
-            mixed = jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation=self.implementation
-            )
-            return self.out(mixed.reshape(B, L, D)), None
+            return self.out(self._among_themselves(q, k, v).reshape(B, L, D)), None
         keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
-        visible_LS = jnp.arange(keys.shape[1])[None, :] <= positions_L[:, None]
-        mixed = jax.nn.dot_product_attention(q, keys, values, mask=visible_LS[None, None])
+
+        def over_all_past():
+            visible_LS = jnp.arange(keys.shape[1])[None, :] <= positions_L[:, None]
+            return jax.nn.dot_product_attention(q, keys, values, mask=visible_LS[None, None])
+
+        if L == 1:
+            mixed = over_all_past()
+        else:
+            # A prompt that begins a sequence has no past: no mask over the room in the cache.
+            mixed = jax.lax.cond(start == 0, lambda: self._among_themselves(q, k, v), over_all_past)
         return self.out(mixed.reshape(B, L, D)), (keys, values)
+
+    def _among_themselves(self, q_BLHC: Array, k_BLHC: Array, v_BLHC: Array) -> Array:
+        return jax.nn.dot_product_attention(
+            q_BLHC, k_BLHC, v_BLHC, is_causal=True, implementation=self.implementation
+        )

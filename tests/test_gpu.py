@@ -822,6 +822,25 @@ def test_training_follows_the_reference_and_keeps_its_memory():
     assert max(in_use[len(in_use) // 2 :]) <= max(in_use[: len(in_use) // 2])
 
 
+@pytest.mark.parametrize("mode", ["dense", "sparse24"])
+def test_a_prompt_through_the_cache_gives_the_logits_of_a_plain_pass(mode):
+    """In one piece, which attends to itself by cuDNN, and in two, of which one attends to a past."""
+    config = lm_100m.get_config("smoke")
+    config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
+    config.model.dtype = "bfloat16"
+    program = make_program(config)
+    params = program.init().params
+    tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.model.vocabulary)
+    model = program.model(params)
+    expected = np.asarray(jax.jit(lambda: model(tokens, mode=mode)[:, -1])())
+    for pieces in ([64], [40, 24]):
+        cache = model.empty_cache(2, 80)
+        for piece in np.split(tokens, np.cumsum(pieces)[:-1], axis=1):
+            logits, cache = jax.jit(functools.partial(model.extend, mode=mode))(piece, cache)
+        difference = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+        assert difference < 2e-2, pieces
+
+
 # -------------------------------------------------------------------------------- compute-sanitizer
 
 
