@@ -824,7 +824,7 @@ def test_training_follows_the_reference_and_keeps_its_memory():
 
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])
 def test_a_prompt_through_the_cache_gives_the_logits_of_a_plain_pass(mode):
-    """In one piece, which attends to itself by cuDNN, and in two, of which one attends to a past."""
+    """In one piece, which attends to itself by cuDNN, and in two, the second with a past."""
     config = lm_100m.get_config("smoke")
     config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
     config.model.dtype = "bfloat16"
