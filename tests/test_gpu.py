@@ -822,6 +822,34 @@ def test_training_follows_the_reference_and_keeps_its_memory():
     assert max(in_use[len(in_use) // 2 :]) <= max(in_use[: len(in_use) // 2])
 
 
+@pytest.mark.parametrize("remat", ["none", "save_y2"])
+@pytest.mark.parametrize(
+    "mode, calls",
+    [
+        ("dense", {"relu2_ffn_y2": 1, "relu2_ffn_dy1": 1}),
+        (
+            "sparse24",
+            {
+                "matmul_sparsify24": 1,
+                "matmul24": 4,
+                "split_features": 1,
+                "matmul_feature_wise24": 1,
+            },
+        ),
+    ],
+)
+def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
+    """All layers are one scan. XLA may run a call twice where its result is kept and used."""
+    config = lm_100m.get_config("smoke")
+    config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
+    config.model.dtype, config.model.remat = "bfloat16", remat
+    program = make_program(config)
+    tokens = jnp.zeros((4, 65), jnp.int32)
+    compiled = program.train_step.lower(program.init(), tokens, mode=mode).compile().as_text()
+    found = re.findall(r'custom_call_target="s24jax_(\w+)"', compiled)
+    assert {name: found.count(name) for name in set(found)} == calls
+
+
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])
 def test_a_prompt_through_the_cache_gives_the_logits_of_a_plain_pass(mode):
     """In one piece, which attends to itself by cuDNN, and in two, the second with a past."""

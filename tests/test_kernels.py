@@ -7,6 +7,7 @@ GPU, programs are lowered for one, and calls go as far as the handler, which loo
 import collections
 import functools
 import importlib
+import itertools
 import re
 
 import jax
@@ -311,6 +312,22 @@ def test_remat_makes_y2_again_or_keeps_it(layers, policy, again, hopper):
     program = lower(layers, remat=functools.partial(jax.checkpoint, policy=policy))
     assert calls(program) == ALL_CALLS | {"s24jax_matmul_sparsify24": 1 + again}
     assert products(program) == []
+
+
+def test_who_uses_a_kernels_results_does_so_behind_a_barrier(hopper):
+    """Otherwise XLA runs the kernel once for the stack of a scan and once for its other users."""
+    found = 0
+    for function in lower(scanned).split("func.func"):
+        lines = function.splitlines()
+        for i, line in enumerate(lines):
+            call = re.match(r"\s*(%\w+)(:\d+)? = stablehlo.custom_call @s24jax", line)
+            if call:
+                again = re.compile(rf"\s*{call[1]}(:\d+)? = ")  # in a later region
+                until = itertools.takewhile(lambda other: not again.match(other), lines[i + 1 :])
+                (user,) = [other for other in until if re.search(rf"{call[1]}\b", other)]
+                assert "stablehlo.optimization_barrier" in user
+                found += 1
+    assert found == sum(ALL_CALLS.values())
 
 
 def test_cuda_by_name_is_the_same_program(hopper):
