@@ -314,6 +314,13 @@ def test_remat_makes_y2_again_or_keeps_it(layers, policy, again, hopper):
     assert products(program) == []
 
 
+def users(name: str, lines: list[str]) -> list[str]:
+    """Of a value, until its name is another one's, in a later region."""
+    again = re.compile(rf"\s*{name}(:\d+)? = ")
+    until = itertools.takewhile(lambda line: not again.match(line), lines)
+    return [line for line in until if re.search(rf"{name}\b", line)]
+
+
 def test_who_uses_a_kernels_results_does_so_behind_a_barrier(hopper):
     """Otherwise XLA runs the kernel once for the stack of a scan and once for its other users."""
     found = 0
@@ -322,9 +329,7 @@ def test_who_uses_a_kernels_results_does_so_behind_a_barrier(hopper):
         for i, line in enumerate(lines):
             call = re.match(r"\s*(%\w+)(:\d+)? = stablehlo.custom_call @s24jax", line)
             if call:
-                again = re.compile(rf"\s*{call[1]}(:\d+)? = ")  # in a later region
-                until = itertools.takewhile(lambda other: not again.match(other), lines[i + 1 :])
-                (user,) = [other for other in until if re.search(rf"{call[1]}\b", other)]
+                (user,) = users(call[1], lines[i + 1 :])
                 assert "stablehlo.optimization_barrier" in user
                 found += 1
     assert found == sum(ALL_CALLS.values())
