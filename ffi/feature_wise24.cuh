@@ -32,7 +32,8 @@ struct WeightOperands {
   }
 };
 
-// Which half-word holds the nibbles of 16 positions along K (s24jax/compressed.py).
+// Which half-word holds the nibbles of 16 positions along K (s24jax/compressed.py). Unsigned, so
+// that to divide is to shift. What `row` and `k` add to it are summands.
 __device__ __forceinline__ uint32_t half_word(uint32_t row, uint32_t k, uint32_t k_blocks) {
   const uint32_t word = row % 64 / 16 * 32 + row % 8 * 4 + k % 64 / 16;
   return ((row / 64 * k_blocks + k / 64) * 128 + word) * 2 + row % 16 / 8;
@@ -64,7 +65,8 @@ __device__ __forceinline__ void compress_pairs(const uint32_t (&member)[4],
   words[1] = permute(first, second, 0x7632);
 }
 
-// From the nibbles of two times two features, as above, a half-word of all four in order.
+// From `nibbles_of` two times two features, half-words of all four in order: the groups `first` and
+// `second` of four features.
 __device__ __forceinline__ uint32_t half_words(const uint32_t (&first)[2],
                                                const uint32_t (&second)[2]) {
   // Bytes: features 0, 2, 1, 3, each twice.
@@ -198,7 +200,8 @@ __device__ __forceinline__ void write_group(const WeightOperands& out, int featu
           const uint32_t halves = i == 0 ? 0x5410 : 0x7632;
 #pragma unroll
           for (int plane = 0; plane < 2; plane++) {
-            const uint32_t place = (plane * out.dense_features + at) * (out.tokens / 4) + group;
+            const uint32_t place =
+                uint32_t(plane * out.dense_features + at) * uint32_t(out.tokens / 4) + group;
             const int m = 2 * plane;
             out.y2.dense[place] = permute(y2_member[m], y2_member[m + 1], halves);
             out.dy1.dense[place] = permute(dy1_member[m], dy1_member[m + 1], halves);
