@@ -68,8 +68,8 @@ def call(
     function = jax.ffi.ffi_call(target, result_shape_dtypes, vmap_method="sequential")
     results = function(*args, **{name: _attribute(value) for name, value in attributes.items()})
     # In a scan XLA lets a kernel write straight into the stack of what the backward pass needs,
-    # and runs it once more for whoever else uses the result (jaxlib 0.11.2; openxla/xla, pull
-    # request 45799). Behind a barrier for all users it runs once and the result is copied.
+    # and runs it once more for whoever else uses the result (jaxlib 0.11.2, not 0.10.2; see pull
+    # request 45799 of openxla/xla). Behind a barrier for all it runs once, and XLA copies.
     return jax.lax.optimization_barrier(results)
 
 
