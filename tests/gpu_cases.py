@@ -118,10 +118,13 @@ def launches() -> dict[str, Launch]:
     b = jnp.asarray(normal(rng, (208, 200)))
     listed_a = random_24(rng, 1100, 528, normal)
     listed_b = jnp.asarray(normal(rng, (528, 264)))
-    # Two tiles of a dense product below each other and two side by side, filled in part.
+    # Two tiles of a dense product below each other and two side by side, filled in part, and cut
+    # into narrow ones; and so many that they are not cut.
     x, w = jnp.asarray(normal(rng, (270, 136))), jnp.asarray(normal(rng, (272, 136)))
     dy3 = jnp.asarray(normal(rng, (144, 136)))
     y2_dense = jnp.asarray(np.abs(normal(rng, (270, 272))))
+    many_x, many_w = jnp.asarray(normal(rng, (1300, 72))), jnp.asarray(normal(rng, (1040, 72)))
+    many_y2, many_split = random_24(rng, 1300, 1040, integers), random_split(rng, 1040, 80)
     # One tile of sparse rows and one of dense ones, cut likewise.
     split = random_split(rng, 144, 40)
     operand = random_operand(rng, 2576, split, normal)
@@ -143,17 +146,24 @@ def launches() -> dict[str, Launch]:
         "matmul_sparsify24": Launch(
             functools.partial(matmul_sparsify24, implementation="cuda"), (x, w)
         ),
+        "matmul_sparsify24 many tiles": Launch(
+            functools.partial(matmul_sparsify24, implementation="cuda"), (many_x, many_w)
+        ),
         **{
-            f"matmul_feature_wise24 {grouping.kind}": Launch(
+            f"matmul_feature_wise24 {case}": Launch(
                 functools.partial(
                     matmul_feature_wise24,
                     grouping=grouping,
                     shared_mask=True,
                     implementation="cuda",
                 ),
-                (dy3, w, y2.with_values(abs(y2.values)), feature_split),
+                (dy3, w, y2.with_values(abs(y2.values)), split),
             )
-            for grouping in (STRIDED, ADJACENT)
+            for case, grouping, dy3, w, y2, split in (
+                ("strided", STRIDED, dy3, w, y2, feature_split),
+                ("adjacent", ADJACENT, dy3, w, y2, feature_split),
+                ("many tiles", STRIDED, many_x, many_w, many_y2, many_split),
+            )
         },
         "relu2_ffn y2": Launch(relu2_cuda.y2_of, (x, w)),
         "relu2_ffn dy1": Launch(relu2_cuda.dy1_of, (x, w, y2_dense)),

@@ -385,6 +385,8 @@ def test_split_matmul24_is_the_reference(dense, grouping, draw):
 
 SMALLEST = (4, 8, 16)
 FUSED_SHAPES = [SMALLEST, (128, 64, 256), (260, 72, 272), (1000, 136, 1008), (4096, 512, 2048)]
+# On 132 multiprocessors one wave of wide tiles, and six tiles that are cut into narrow ones.
+FUSED_SHAPES += [(2292, 72, 2032)]
 fused_shapes = pytest.mark.parametrize("shape", FUSED_SHAPES, ids=str)
 MATMUL_SPARSIFY = {
     name: jax.jit(
@@ -503,8 +505,10 @@ LAUNCHES = [
     "feature_wise24 strided",
     "feature_wise24 adjacent",
     "matmul_sparsify24",
+    "matmul_sparsify24 many tiles",
     "matmul_feature_wise24 strided",
     "matmul_feature_wise24 adjacent",
+    "matmul_feature_wise24 many tiles",
     "relu2_ffn y2",
     "relu2_ffn dy1",
     "matmul24 tile 0",
