@@ -1,15 +1,10 @@
 // Squared ReLU and its gradient, on two bf16 a word: s24jax/activation.py.
 #pragma once
-#include <cuda_bf16.h>
-
 #include <cstdint>
 
-namespace s24jax {
+#include "hopper.cuh"
 
-__device__ __forceinline__ uint32_t round_pair(float x, float y) {
-  const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x, y));
-  return reinterpret_cast<const uint32_t&>(pair);
-}
+namespace s24jax {
 
 __device__ __forceinline__ float low_of(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float high_of(uint32_t pair) {

@@ -72,13 +72,13 @@ ffi::Error feature_wise24(
     ffi::Buffer<ffi::BF16> dy1, ffi::Buffer<ffi::S32> dense, ffi::Buffer<ffi::S32> sparse,
     ffi::ResultBuffer<ffi::BF16> y2_sparse, ffi::ResultBuffer<ffi::BF16> dy1_sparse,
     ffi::ResultBuffer<ffi::U32> metadata, ffi::ResultBuffer<ffi::BF16> y2_dense,
-    ffi::ResultBuffer<ffi::BF16> dy1_dense, ffi::ResultBuffer<ffi::S32> rows, int32_t strided) {
+    ffi::ResultBuffer<ffi::BF16> dy1_dense, ffi::ResultBuffer<ffi::S32> places, int32_t strided) {
   const int64_t tokens = y2.dimensions()[0], kept = y2.dimensions()[1];
   if (tokens * kept >= int64_t(1) << 32) return failed("feature_wise24", "more than 2^33 elements");
   Arguments arg = {};
   arg.mask = token_mask(mask, tokens, strided);
   arg.out = weight_operands(tokens, 2 * kept, y2_sparse, dy1_sparse, metadata, y2_dense, dy1_dense,
-                            rows);
+                            places);
   const auto map = [&](CUtensorMap* map, const void* values) {
     return map_tensor(map, values, 2, {kept, tokens / 4, 4},
                       {kept * arg.mask.group_stride, kept * arg.mask.member_stride},
@@ -111,6 +111,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(s24jax_feature_wise24, s24jax::feature_wise24,
                                   .Ret<xla::ffi::Buffer<xla::ffi::U32>>()   // metadata
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()  // y2 dense
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()  // dy1 dense
-                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // rows, for the kernel
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // places, for the kernel
                                   .Attr<int32_t>("strided"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

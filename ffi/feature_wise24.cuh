@@ -250,7 +250,7 @@ inline WeightOperands weight_operands(int tokens, int features, Bf16Result& y2_s
                                       Bf16Result& dy1_sparse,
                                       xla::ffi::ResultBuffer<xla::ffi::U32>& metadata,
                                       Bf16Result& y2_dense, Bf16Result& dy1_dense,
-                                      xla::ffi::ResultBuffer<xla::ffi::S32>& rows) {
+                                      xla::ffi::ResultBuffer<xla::ffi::S32>& places) {
   const auto words = [](Bf16Result& result) {
     return static_cast<uint32_t*>(result->untyped_data());
   };
@@ -258,7 +258,7 @@ inline WeightOperands weight_operands(int tokens, int features, Bf16Result& y2_s
   out.y2 = {words(y2_sparse), words(y2_dense)};
   out.dy1 = {words(dy1_sparse), words(dy1_dense)};
   out.metadata = reinterpret_cast<uint16_t*>(metadata->typed_data());
-  out.rows = rows->typed_data();
+  out.rows = places->typed_data();
   out.metadata_at = out.rows + features;
   out.tokens = tokens;
   out.features = features;

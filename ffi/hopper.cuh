@@ -11,6 +11,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Two bf16 a word, `x` in the low half.
+__device__ __forceinline__ uint32_t round_pair(float x, float y) {
+  const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x, y));
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
 // ---------------------------------------------------------------------------------------- clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {

@@ -316,9 +316,7 @@ __device__ __forceinline__ void store_pair(uint32_t to, float x, float y) {
   if constexpr (sizeof(Out) == 4) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
   } else {
-    const __nv_bfloat162 pair = __float22bfloat162_rn(make_float2(x, y));
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(reinterpret_cast<const uint32_t&>(pair))
-                 : "memory");
+    store_shared(to, round_pair(x, y));
   }
 }
 

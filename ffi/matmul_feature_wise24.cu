@@ -109,7 +109,7 @@ ffi::Error matmul_feature_wise24(
     ffi::Buffer<ffi::S32> sparse, ffi::ResultBuffer<ffi::BF16> dy1,
     ffi::ResultBuffer<ffi::BF16> y2_sparse, ffi::ResultBuffer<ffi::BF16> dy1_sparse,
     ffi::ResultBuffer<ffi::U32> metadata, ffi::ResultBuffer<ffi::BF16> y2_dense,
-    ffi::ResultBuffer<ffi::BF16> dy1_dense, ffi::ResultBuffer<ffi::S32> rows, int32_t strided,
+    ffi::ResultBuffer<ffi::BF16> dy1_dense, ffi::ResultBuffer<ffi::S32> places, int32_t strided,
     int32_t group) {
   constexpr const char* kOp = "matmul_feature_wise24";
   const int64_t tokens = y2.dimensions()[0], kept = y2.dimensions()[1];
@@ -117,7 +117,7 @@ ffi::Error matmul_feature_wise24(
   FeatureWise epilogue = {};
   epilogue.mask = token_mask(mask, tokens, strided);
   epilogue.out = weight_operands(tokens, 2 * kept, y2_sparse, dy1_sparse, metadata, y2_dense,
-                                 dy1_dense, rows);
+                                 dy1_dense, places);
   epilogue.y2 = reinterpret_cast<const uint4*>(y2.typed_data());
   epilogue.dy1 = reinterpret_cast<uint4*>(dy1->typed_data());
   const cudaError_t error =
@@ -145,7 +145,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(s24jax_matmul_feature_wise24, s24jax::matmul_featu
                                   .Ret<xla::ffi::Buffer<xla::ffi::U32>>()   // metadata
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()  // y2 dense
                                   .Ret<xla::ffi::Buffer<xla::ffi::BF16>>()  // dy1 dense
-                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // rows, for the kernel
+                                  .Ret<xla::ffi::Buffer<xla::ffi::S32>>()   // places, for the kernel
                                   .Attr<int32_t>("strided")
                                   .Attr<int32_t>("group"),
                               {xla::ffi::Traits::kCmdBufferCompatible});

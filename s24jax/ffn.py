@@ -29,6 +29,7 @@ from s24jax.numerics import dot
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
 from s24jax.ops.matmul_feature_wise24 import matmul_feature_wise24
+from s24jax.ops.matmul_feature_wise24.reference import pruned_dy1
 from s24jax.ops.matmul_sparsify24 import matmul_sparsify24
 from s24jax.ops.relu2_ffn.api import check_operands
 from s24jax.ops.sparsify24 import sparsify24
@@ -137,7 +138,7 @@ _ffn24.defvjp(_ffn24_forward, _ffn24_backward)
 def _dy1(y2: Compressed24 | Float[Array, "T F"], dy2_TF: Float[Array, "T F"]):
     """2 * sqrt(Y2) * dY2, compressed under Y2's mask where Y2 is."""
     if isinstance(y2, Compressed24):
-        return y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+        return pruned_dy1(y2, dy2_TF)
     return relu2_gradient(y2, dy2_TF)
 
 

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s24jax.activation import relu2_gradient
 from s24jax.bench.ffn_operands import SYNTHETIC, Case, Operands, make_operands, zero_share
 from s24jax.bench.ffn_parts import PARTS, part_makers
 from s24jax.bench.operands import STRIDED, dense_features
@@ -32,6 +31,7 @@ from s24jax.compressed import compress24
 from s24jax.ffn import ffn24
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
+from s24jax.ops.matmul_feature_wise24.reference import pruned_dy1
 from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.split_features import split_features
@@ -150,8 +150,7 @@ def _unfused_forward(recipe, x_TD, w_up_FD, w_down_FD):
 
 def _unfused_backward(recipe, saved, dy3_TD):
     x_TD, w_up_FD, w_down_FD, y2, counts_F = saved
-    dy2_TF = dy3_TD @ w_down_FD.T
-    dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+    dy1 = pruned_dy1(y2, dy3_TD @ w_down_FD.T)
     split = split_features(counts_F, recipe.dense_features(counts_F.size), implementation="cuda")
     y2_split, dy1_split = feature_wise24(
         y2, dy1, split, grouping=recipe.grouping, shared_mask=True, implementation="cuda"

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from s24jax.activation import relu2_gradient
 from s24jax.bench.shapes import Shape
 from s24jax.compressed import Compressed24
 from s24jax.feature_split import FeatureSplit, dense_feature_count
+from s24jax.ops.matmul_feature_wise24.reference import pruned_dy1
 from s24jax.ops.sparsify24 import sparsify24
 from s24jax.ops.split_features import split_features
 from s24jax.token_groups import TokenGrouping
@@ -72,7 +72,7 @@ def make_operands(shape: Shape) -> Operands:
     drawn = [jax.random.normal(k, d).astype(DTYPE) for k, d in zip(keys, dims, strict=True)]
     dy2_TF, w_up_FD, w_down_FD, x_TD, dy3_TD = drawn
     y2, counts_F = sparsify24(pre_activation(shape), implementation="reference")
-    dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+    dy1 = pruned_dy1(y2, dy2_TF)
     return Operands(y2, dy1, counts_F, w_up_FD, w_down_FD, x_TD, dy3_TD)
 
 

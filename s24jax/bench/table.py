@@ -65,8 +65,8 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
         found += _means(lines.values())
     elif bench == "ffn":
         found += _means(
-            found
-            for (*_, product, _, _, _), found in lines.items()
+            contenders
+            for (*_, product, _, _, _), contenders in lines.items()
             if product.startswith("ffn both")
         )
     return found + [line for note, i in notes.items() for line in ("", f"[{i}] {note}")]

@@ -20,7 +20,11 @@ def matmul_feature_wise24(
     shared_mask: bool,
 ) -> BackwardOperands:
     """See `s24jax.ops.matmul_feature_wise24.api`."""
-    dy2_TF = dot(dy3, w_down, contract=(1, 1))
-    dy1 = y2.with_values(relu2_gradient(y2.values, y2.gather(dy2_TF).values))
+    dy1 = pruned_dy1(y2, dot(dy3, w_down, contract=(1, 1)))
     splits = reference.feature_wise24(y2, dy1, split, grouping=grouping, shared_mask=shared_mask)
     return BackwardOperands(dy1, *splits)
+
+
+def pruned_dy1(y2: Compressed24, dy2: Float[Array, "T F"]) -> Compressed24:
+    """dY1 = 2 * sqrt(Y2) * dY2, compressed under Y2's mask."""
+    return y2.with_values(relu2_gradient(y2.values, y2.gather(dy2).values))

@@ -20,14 +20,22 @@ def reason_against(y1: Float[Array, "T F"]) -> str | None:
 
 def sparsify24(y1: Float[Array, "T F"]) -> tuple[Compressed24, Int[Array, "F"]]:
     """See `s24jax.ops.sparsify24.api`."""
-    tokens, features = y1.shape
+    return compressed_y2("s24jax_sparsify24", y1.shape, y1)
+
+
+def compressed_y2(
+    target: str, shape: tuple[int, int], *operands: Array, **attributes: int
+) -> tuple[Compressed24, Int[Array, "F"]]:
+    """Y2 [T, F] and its counts from a handler that makes them of `operands`, in their dtype."""
+    tokens, features = shape
     values, metadata, counts_F = cuda_library.call(
-        "s24jax_sparsify24",
+        target,
         [
-            jax.ShapeDtypeStruct((tokens, features // 2), y1.dtype),
+            jax.ShapeDtypeStruct((tokens, features // 2), operands[0].dtype),
             jax.ShapeDtypeStruct(metadata_shape(tokens, features), jnp.uint32),
             jax.ShapeDtypeStruct((features,), jnp.int32),
         ],
-        y1,
+        *operands,
+        **attributes,
     )
-    return Compressed24(values, metadata, axis=1, shape=y1.shape), counts_F
+    return Compressed24(values, metadata, axis=1, shape=shape), counts_F
