@@ -20,9 +20,6 @@ from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 
-# torch allocates on the same GPU, and jax would take most of it when it starts.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 import jax
 from absl import flags
 from ml_collections import ConfigDict
@@ -41,6 +38,7 @@ from s24jax.errors import InvalidInput
 from s24jax.writer import write_bytes
 
 BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
+BESIDE_TORCH = ("gemm", "sparsify")
 COMMANDS = (*BENCHES, *model.PRODUCTS, "draw")
 MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
 
@@ -71,6 +69,10 @@ def main(arguments: list[str]) -> None:
                 f"--figure goes with gemm, sparsify and ffn, not with {command}; leave it out"
             )
         check_format(FIGURE.value)
+    if command in BESIDE_TORCH:
+        # torch allocates on the same GPU, of which jax would take three quarters when it starts.
+        # The others need them in one piece: in a pool that grows, a large model found none.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if TUNE.value:
         if command != "gemm":
             raise InvalidInput(f"--tune goes with gemm, not with {command}; leave it out")

@@ -887,6 +887,31 @@ def test_sparsify_end_to_end(tmp_path):
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize(
+    "command, flag, preallocates",
+    [
+        ("gemm", "shapes=64x32x128", "false"),
+        ("ffn", "shapes=64x32x128", None),
+        ("step", "layers=1", None),
+    ],
+)
+def test_only_beside_torch_jax_takes_memory_bit_by_bit(command, flag, preallocates):
+    code = f"""
+import os
+from absl import flags
+from experiments import bench
+flags.FLAGS(["bench", "--{flag}"])
+bench._run = lambda found_rows, written: []
+bench._show = lambda rows: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+bench.main(["{command}"])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (finished.returncode, finished.stdout) == (0, f"{preallocates}\n"), finished.stderr
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
     "arguments, words",
     [
         (["gem"], "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode or draw"),
