@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
     config.model.implementation = "auto"  # auto, reference, triton, cuda
     config.model.attention = "auto"  # auto, xla, cudnn
     config.model.tie_embedding = False  # 256 rows are not worth sharing
+    config.model.up_gain = 1.0  # factor on the initial W_up, whose scale is 1 / sqrt(width)
     config.model.remat = "none"  # none, full, save_y2
     config.model.dtype = "bfloat16"
     config.model.rope_theta = 10000.0
@@ -56,7 +57,7 @@ def get_config() -> ConfigDict:
     config.optimizer.clip_norm = 1.0
 
     config.data = ConfigDict()
-    config.data.source = "stdlib"  # or a folder, a glob, "tfds:NAME"
+    config.data.source = "stdlib"  # or "python", with all packages; a folder, a glob, "tfds:NAME"
     config.data.pattern = "**/*.py"  # of the files below a folder
     config.data.validation_share = 0.05  # of the files
     config.data.data_dir = ""  # where prepared corpora live; empty: the user's cache folder

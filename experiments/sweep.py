@@ -1,11 +1,19 @@
-"""Trains every row of a sweep, or goes on with it; ends with table.md and a figure.
+"""Trains every row of a sweep that is not recorded yet; ends with table.md and figures.
 
 python -m experiments.sweep --sweep=configs/sweeps/X.py --workdir=DIR [--sweep.config.a.b=v]
+    [--results=FILE.json] [--rows=NAME,...]
+
+Each finished row is recorded at once in DIR/results.json, or in FILE, which may lie in another
+folder and fill up over several machines and days; table and figures are written beside it. With
+--rows several processes share the work, each on a GPU of its own.
 """
+
+import pathlib
 
 from absl import flags
 
 from experiments import cli
+from s24jax.results import RESULTS
 from s24jax.sweep import run_sweep, table
 
 SWEEP = cli.define_config("sweep", "The sweep's configuration.")
@@ -13,13 +21,17 @@ WORKDIR = flags.DEFINE_string(
     "workdir", None, "The sweep's folder; made, or resumed.", required=True
 )
 
+RESULTS_FLAG = flags.DEFINE_string("results", None, "The file of finished rows.")
+ROWS = flags.DEFINE_list("rows", [], "Some of the rows. Default: all.")
+
 
 def main() -> None:
     sweep = cli.load_config(SWEEP)
-    rows = run_sweep(sweep, WORKDIR.value)
+    results = pathlib.Path(RESULTS_FLAG.value or pathlib.Path(WORKDIR.value) / RESULTS)
+    rows = run_sweep(sweep, WORKDIR.value, results=results, only=ROWS.value)
     if rows:
         print(table(rows, sweep.baseline), end="")
-        print(f"table: {WORKDIR.value}/table.md   figure: {WORKDIR.value}/plots/sweep.png")
+        print(f"table: {results.with_name('table.md')}   figures: {results.parent / 'plots'}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Text as bytes: from a source to batches of token windows.
 
-    source              "stdlib", a folder, a glob, or "tfds:NAME" (a tensorflow-datasets dataset)
+    source              "stdlib", "python", a folder, a glob, or "tfds:NAME" (a tensorflow-datasets
+                        dataset)
     prepare             -> two random-access sources on disk, train and validation
     train_iterator      -> batches without end, shuffled, sharded by process, exactly resumable
     validation_batches  -> always the same batches

@@ -42,7 +42,7 @@ class FFN(nnx.Module):
       kind: see above.
       recipe: of relu2_24.
       implementation: of the ops of relu2 and relu2_24; the other kinds are XLA's alone.
-      output_gain: factor on the initial w_down.
+      up_gain, output_gain: factors on the initial w_up (and w_gate), and on w_down.
       dtype: computation; parameters are float32.
 
     Raises:
@@ -58,6 +58,7 @@ class FFN(nnx.Module):
         *,
         recipe: Recipe = Recipe(),
         implementation: Implementation = "auto",
+        up_gain: float = 1.0,
         output_gain: float = 1.0,
         dtype=jnp.float32,
         rngs: nnx.Rngs,
@@ -77,7 +78,7 @@ class FFN(nnx.Module):
             implementation,
             dtype,
         )
-        up = nnx.initializers.normal(width**-0.5)
+        up = nnx.initializers.normal(up_gain * width**-0.5)
         down = nnx.initializers.normal(output_gain * hidden**-0.5)
         self.w_up = nnx.Param(up(rngs.params(), (hidden, width)))
         self.w_down = nnx.Param(down(rngs.params(), (hidden, width)))
@@ -157,6 +158,7 @@ class Block(nnx.Module):
             config.ffn,
             recipe=Recipe(**config.recipe),
             implementation=config.implementation,
+            up_gain=config.up_gain,
             output_gain=gain,
             dtype=dtype,
             rngs=rngs,

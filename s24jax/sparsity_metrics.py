@@ -5,6 +5,7 @@ depend on what a fused kernel can see. They are also defined for a model that tr
 they say what the recipe would drop.
 """
 
+import jax
 import jax.numpy as jnp
 
 from s24jax.activation import relu2
@@ -18,15 +19,18 @@ from s24jax.typing import Array, Float
 
 SQUARED_RELU = ("relu2", "relu2_24")
 """The FFN kinds whose activations these metrics describe."""
+BLOCK_TOKENS, BLOCK_FEATURES = 128, 32
+"""The block of Y2 that a kernel could skip where it is zero: a tile's tokens, a step of its K."""
+PROFILE_BINS = 64
 
 
-def observe_ffn(ffn: FFN, x: Float[Array, "B L D"]) -> dict[str, Float[Array, ""]]:
+def observe_ffn(ffn: FFN, x: Float[Array, "B L D"]) -> dict[str, Float[Array, "..."]]:
     """`sparsity` of one layer; an `observe` for `Transformer.__call__`."""
     x_TD = x.reshape(-1, x.shape[-1])
     return sparsity(round_to(ffn.pre_activation(x_TD), x.dtype), ffn.recipe)
 
 
-def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Array, ""]]:
+def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Array, "..."]]:
     """What one layer's pre-activations give, and what `recipe`'s groupings and split drop.
 
     Token-wise and feature-wise pruning are applied one after the other whatever the recipe turns
@@ -42,6 +46,10 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
       dense_feature_density, sparse_feature_density: mean share of non-zeros in the features that
         the split makes dense, and in the others.
       inactive_features: features without a non-zero in this batch.
+      inactive_blocks: of the blocks of 128 successive tokens and 32 features, in order of their
+        density, those without a non-zero.
+      density_profile: [64], the density of the features in that order, averaged over 64 equal
+        parts of them; one value a feature where F is smaller.
     """
     tokens = y1_TF.shape[0]
     y1_TF = jnp.pad(y1_TF, ((0, -tokens % 4), (0, 0)))
@@ -54,6 +62,7 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
         compress24(sparse_TF, axis=0, grouping=recipe.grouping).decompress()
     )
     density_F = counts_F / tokens
+    densest_first = jnp.argsort(-counts_F)
     return {
         "zero_share": 1 - density_F.mean(),
         "dropped_token_wise": _lost(y2_TF != 0, token_wise_TF != 0),
@@ -63,7 +72,26 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
         "dense_feature_density": density_F[split.dense].sum() / max(split.dense.size, 1),
         "sparse_feature_density": density_F[split.sparse].mean(),
         "inactive_features": (counts_F == 0).mean(),
+        "inactive_blocks": _inactive_blocks(y2_TF[:tokens, densest_first]),
+        "density_profile": _profile(density_F[densest_first]),
     }
+
+
+def _inactive_blocks(y2_TF: Float[Array, "T F"]) -> Float[Array, ""]:
+    tokens, features = y2_TF.shape
+    # Zeros beyond the edge change no block, and begin none.
+    padded = jnp.pad(y2_TF, ((0, -tokens % BLOCK_TOKENS), (0, -features % BLOCK_FEATURES)))
+    blocks = padded.reshape(-1, BLOCK_TOKENS, padded.shape[1] // BLOCK_FEATURES, BLOCK_FEATURES)
+    return 1 - (blocks != 0).any(axis=(1, 3)).mean()
+
+
+def _profile(density_F: Float[Array, "F"]) -> Float[Array, "bins"]:
+    features = density_F.size
+    bins = min(PROFILE_BINS, features)
+    bin_F = jnp.arange(features) * bins // features
+    ones_F = jnp.ones_like(density_F)
+    total, count = (jax.ops.segment_sum(a, bin_F, bins) for a in (density_F, ones_F))
+    return total / count
 
 
 def _lost(before: Array, after: Array) -> Float[Array, ""]:

@@ -1,13 +1,17 @@
 """Several runs that differ in a few keys, one after the other, and a table of what came out."""
 
 import pathlib
+from collections.abc import Sequence
+
+import numpy as np
 
 from s24jax.errors import Diverged, InvalidInput
+from s24jax.results import RESULTS, Row, make_row, read_results, record_row, recorded_row
+from s24jax.results_plot import plot_results
 from s24jax.summary import cell
-from s24jax.sweep_plot import plot_sweep
 from s24jax.train import check, train
 from s24jax.train_step import make_program
-from s24jax.writer import read_json, write_bytes, write_json
+from s24jax.writer import write_bytes
 
 COLUMNS = {
     "validation loss": ("validation_loss", "{:.4f}"),
@@ -20,44 +24,50 @@ COLUMNS = {
 }
 
 
-def run_sweep(sweep, workdir) -> list[dict] | None:
-    """Runs every row that is not finished yet; ends with `table.md` and `plots/sweep.png`.
+def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list[Row] | None:
+    """Runs every row that is not recorded yet; ends with a table and figures beside the record.
 
     Args:
       sweep: name; config, shared by the rows; rows, each with a name and the keys it changes;
         baseline, the row that the others are compared with (see configs/sweeps/).
-      workdir: holds a folder for each row, `sweep.json`, `table.md` and `plots`.
+      workdir: holds a folder for each row, with all that a run leaves behind.
+      results: the file of finished rows (see `s24jax.results`), by default workdir/results.json;
+        `table.md` and `plots` are beside it. A row that is there is not run again.
+      only: the names of some rows; by default all.
 
     Returns:
-      Each row's summary, with its name, workdir and, where it diverged, the reason; None where a
-      signal stopped the sweep.
+      The rows of the file; None where a signal stopped the sweep.
 
     Raises:
-      InvalidInput: a row cannot work; found before the first one starts.
+      InvalidInput: a row cannot work, or is in the file with another configuration; found before
+        the first one starts.
     """
     workdir = pathlib.Path(workdir)
+    results = pathlib.Path(results or workdir / RESULTS)
     configs = row_configs(sweep)
-    rows = []
-    for name, config in configs.items():
-        row = _run_row(config, workdir / name)
+    for name in only:
+        if name not in configs:
+            raise InvalidInput(
+                f"sweep {sweep.name} has no row {name!r}; use some of {', '.join(configs)}"
+            )
+    chosen = only or configs
+    missing = [name for name in chosen if not recorded_row(results, name, configs[name])]
+    for name in missing:
+        row = _run_row(name, configs[name], workdir / name)
         if row is None:
             return None
-        rows.append({**row, "name": name, "workdir": str(workdir / name)})
-        write_json(workdir / "sweep.json", {"baseline": sweep.baseline, "rows": rows})
-    write_bytes(workdir / "table.md", table(rows, sweep.baseline).encode())
-    plot_rows(workdir)
-    return rows
+        record_row(results, row, sweep=sweep.name, baseline=sweep.baseline, order=list(configs))
+    draw(results)
+    return read_results(results)["rows"]
 
 
-def is_sweep(workdir) -> bool:
-    """Whether a sweep has run in `workdir`."""
-    return (pathlib.Path(workdir) / "sweep.json").exists()
-
-
-def plot_rows(workdir) -> list[pathlib.Path]:
-    """Draws the rows that are finished so far."""
-    sweep = read_json(pathlib.Path(workdir) / "sweep.json")
-    return [plot_sweep(workdir, sweep["rows"], baseline=sweep["baseline"])]
+def draw(results) -> list[pathlib.Path]:
+    """Writes the table and the figures of a file of results beside it; their paths."""
+    results = pathlib.Path(results)
+    recorded = read_results(results)
+    path = results.with_name("table.md")
+    write_bytes(path, table(recorded["rows"], recorded["baseline"]).encode())
+    return [path, *plot_results(results.parent, recorded["rows"], baseline=recorded["baseline"])]
 
 
 def row_configs(sweep) -> dict:
@@ -80,8 +90,6 @@ def row_configs(sweep) -> dict:
                 f"({' '.join(str(error).split())}); see configs/base.py"
             ) from error
         config.name = f"{sweep.name}/{row.name}"
-        # A twin trains beside a 2:4 run; in a sweep the dense run is a row of its own.
-        config.dense_twin = False
         check(config)
         make_program(config)
         configs[row.name] = config
@@ -93,29 +101,56 @@ def row_configs(sweep) -> dict:
     return configs
 
 
-def table(rows: list[dict], baseline: str) -> str:
-    """The rows as a Markdown table; losses in nats per token, the difference to the baseline's."""
-    reference = next(row["validation_loss"] for row in rows if row["name"] == baseline)
+def table(rows: Sequence[Row], baseline: str) -> str:
+    """The rows as a Markdown table; losses in nats per token, the difference to the baseline's.
+
+    Below it, where rows differ in nothing but their seed, the mean of their losses and the
+    difference between the largest and the smallest.
+    """
+    losses = {row["name"]: row["summary"]["validation_loss"] for row in rows}
+    reference = losses.get(baseline)
     header = ["row", "minus baseline", *COLUMNS]
     lines = [f"| {' | '.join(header)} |", "|---|" + "---:|" * (len(header) - 1)]
     for row in rows:
-        if row["validation_loss"] is None:
-            cells = ["-", f"diverged: {row['diverged']}"] + ["-"] * (len(COLUMNS) - 1)
+        summary = row["summary"]
+        if "diverged" in summary:
+            cells = ["-", f"diverged: {summary['diverged']}"] + ["-"] * (len(COLUMNS) - 1)
         else:
-            gap = "-" if reference is None else f"{row['validation_loss'] - reference:+.4f}"
-            cells = [gap] + [cell(row[key], form) for key, form in COLUMNS.values()]
+            gap = None if reference is None else summary["validation_loss"] - reference
+            shown = (cell(summary[key], form) for key, form in COLUMNS.values())
+            cells = [cell(gap, "{:+.4f}"), *shown]
         lines.append(f"| {' | '.join([row['name'], *cells])} |")
+    repeats = seeds(rows)
+    if repeats:
+        lines += [
+            "",
+            "| seeds | how many | mean loss | largest - smallest |",
+            "|---|---:|---:|---:|",
+        ]
+    for name, values in repeats.items():
+        spread = max(values) - min(values)
+        lines.append(f"| {name} | {len(values)} | {np.mean(values):.4f} | {spread:.4f} |")
     return "\n".join(lines) + "\n"
 
 
-def _run_row(config, workdir: pathlib.Path) -> dict | None:
-    """The row's summary. A divergence is a result; it is written down and not tried again."""
-    failure = workdir / "diverged.json"
-    if failure.exists():
-        return read_json(failure)
+def seeds(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """The losses of rows that differ in their seed alone, by the name of the first of them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "diverged" not in row["summary"]:
+            config = {key: v for key, v in row["config"].items() if key not in ("name", "seed")}
+            groups.setdefault(repr(config), []).append(row)
+    return {
+        group[0]["name"]: [row["summary"]["validation_loss"] for row in group]
+        for group in groups.values()
+        if len(group) > 1
+    }
+
+
+def _run_row(name: str, config, workdir: pathlib.Path) -> Row | None:
+    """A divergence is a result too."""
     try:
-        return train(config, workdir)
+        summary = train(config, workdir)
     except Diverged as error:
-        row = {"validation_loss": None, "zero_share": None, "diverged": str(error)}
-        write_json(failure, row)
-        return row
+        summary = {"validation_loss": None, "zero_share": None, "diverged": str(error)}
+    return None if summary is None else make_row(name, config, workdir, summary)

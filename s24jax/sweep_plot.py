@@ -1,7 +1,7 @@
 """The figure of a sweep: how its runs learn, and their final losses against a baseline's."""
 
 import textwrap
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,61 +9,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from s24jax.errors import InvalidInput
-from s24jax.figure_style import (
-    GREY,
-    NUMBER,
-    label_axes,
-    save_figure,
-    scale_loss,
-    series,
-    styled,
-)
-from s24jax.writer import read_metrics
+from s24jax.figure_style import GREY, NUMBER, label_axes, scale_loss, styled
+from s24jax.results import Row
 
 _ROW_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _ROW_MARKERS = "osD^vPXp"
 
 
-def plot_sweep(
-    workdir: str | Path, rows: list[dict[str, Any]], *, baseline: str | None = None
-) -> Path:
-    """Draws workdir/plots/sweep.png: validation losses over steps, and final ones compared.
+@styled
+def sweep_figure(rows: Sequence[Row], *, baseline: str | None = None) -> Figure:
+    """Validation losses over steps, and final ones compared.
 
     Args:
-      workdir: where the figure goes.
-      rows: per row name, workdir, validation_loss (final, nats per token) and zero_share (0..1,
-        optional). A row stays in the figure whatever became of it: it reads "diverged" where
-        validation_loss is None or not finite, "no result" where it is absent.
+      rows: of `s24jax.results`. A row stays in the figure whatever became of it: it reads
+        "diverged" where its final loss is none or not finite.
       baseline: the name of the row that the others are compared with; by default the first. Where
-        it has diverged, the final losses stand without bars.
+        it is not there yet or has diverged, the final losses stand without bars.
 
     Raises:
-      InvalidInput: there are no rows, or none of that name.
-      BrokenEnvironment: a row's metrics.jsonl is damaged, or the disk is full or not writable.
+      InvalidInput: there are no rows.
     """
-    return save_figure(sweep_figure(rows, baseline=baseline), workdir, "sweep")
-
-
-@styled
-def sweep_figure(rows: list[dict[str, Any]], *, baseline: str | None = None) -> Figure:
-    """The figure of `plot_sweep`; same arguments and errors."""
     if not rows:
         raise InvalidInput("the sweep has no rows, so there is nothing to plot: run one of them")
     names = [row["name"] for row in rows]
     baseline = names[0] if baseline is None else baseline
-    if baseline not in names:
-        raise InvalidInput(f"baseline '{baseline}' is not a row of the sweep: use one of {names}")
-    losses = np.array([row.get("validation_loss") for row in rows], dtype=float)
+    losses = np.array([row["summary"]["validation_loss"] for row in rows], dtype=float)
     # NaN is a loss that is not there; without the baseline's no row has a change to show.
     losses[~np.isfinite(losses)] = np.nan
-    reference = losses[names.index(baseline)]
+    reference = losses[names.index(baseline)] if baseline in names else np.nan
     labels = [textwrap.fill(name, 30) for name in names]
     pitch = 0.17 + 0.17 * max(1 + label.count("\n") for label in labels)
     figure = Figure((11.0, max(4.8, 1.8 + pitch * len(rows))), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(6, 5))
     label_axes(left, "How does each run learn?", "validation loss (nats per token)")
     for index, row in enumerate(rows):
-        _sweep_curve(left, row, _row_look(index))
+        _sweep_curve(left, row, row_look(index))
     scale_loss(left)
     right.set_title("What does each choice cost?")
     right.set_xlabel(
@@ -76,18 +56,16 @@ def sweep_figure(rows: list[dict[str, Any]], *, baseline: str | None = None) -> 
     return figure
 
 
-def _sweep_curve(axes: Axes, row: dict[str, Any], look: dict[str, Any]) -> None:
-    try:
-        steps, loss = series(read_metrics(row["workdir"]), "validation", "main", "loss")
-    except InvalidInput:
-        # A row that never started: the bar chart says that it has no result.
-        return
-    axes.plot(steps, loss, lw=1.4, ms=5, markevery=max(1, len(steps) // 12), **look)
+def _sweep_curve(axes: Axes, row: Row, look: dict[str, Any]) -> None:
+    curve = row["curves"]["main"].get("validation")
+    if curve:  # else it diverged before the first validation
+        steps, loss = (np.array(curve[key], dtype=float) for key in ("step", "loss"))
+        axes.plot(steps, loss, lw=1.4, ms=5, markevery=max(1, len(steps) // 12), **look)
 
 
 def _sweep_bars(axes: Axes, deltas: np.ndarray) -> None:
     for index, delta in enumerate(deltas):
-        look = _row_look(index)
+        look = row_look(index)
         # The key to the curves on the left, in a column of its own as a bar may have no length.
         axes.plot(-0.05, index, ms=8, transform=axes.get_yaxis_transform(), clip_on=False, **look)
         axes.barh(index, np.nan_to_num(delta), height=0.6, color=look["color"])
@@ -104,17 +82,13 @@ def _sweep_bars(axes: Axes, deltas: np.ndarray) -> None:
     axes.grid(visible=False, axis="y")
 
 
-def _sweep_table(
-    axes: Axes, rows: list[dict[str, Any]], losses: np.ndarray, deltas: np.ndarray
-) -> None:
+def _sweep_table(axes: Axes, rows: Sequence[Row], losses: np.ndarray, deltas: np.ndarray) -> None:
     """The numbers of each row, right of its bar."""
     table = [("loss", "change", "zeros")]
     for row, loss, delta in zip(rows, losses, deltas, strict=True):
         final = f"{loss:.4f}" if np.isfinite(loss) else "diverged"
-        if "validation_loss" not in row:
-            final = "no result"
         change = f"{delta:+.4f}".replace("-", "\N{MINUS SIGN}") if np.isfinite(delta) else ""
-        share = row.get("zero_share")
+        share = row["summary"]["zero_share"]
         table.append((final, change, "" if share is None else f"{100 * share:.1f} %"))
     heights = [1.04, *(1 - (index + 0.5) / len(rows) for index in range(len(rows)))]
     for cells, height in zip(table, heights, strict=True):
@@ -124,7 +98,8 @@ def _sweep_table(
             axes.annotate(cell, (1.0, height), (offset, 0), **where, **look)
 
 
-def _row_look(index: int) -> dict[str, Any]:
+def row_look(index: int) -> dict[str, Any]:
+    """Colour and marker of a row in every figure of its sweep."""
     # Seven colours and eight markers: 56 rows before a pair comes back.
     marker = _ROW_MARKERS[index % len(_ROW_MARKERS)]
     return {"color": _ROW_COLOURS[index % len(_ROW_COLOURS)], "marker": marker}

@@ -2,7 +2,7 @@
 
 The way of a byte:
 
-    find_corpus       a source (folder, glob, "stdlib") -> the files it names
+    find_corpus       a source (folder, glob, "stdlib", "python") -> the files it names
     split_by_file     files -> documents: no binaries, no duplicates; each in train or validation
     CutWindows        documents -> one stream with separators -> windows of sequence_length + 1
     TextCorpus        windows -> array_record files below data_dir, one record per window
@@ -37,6 +37,8 @@ from absl import logging
 from s24jax.errors import BrokenEnvironment, InvalidInput
 from s24jax.packing import SEPARATOR, CutWindows, join_documents
 
+# Below which folders of this interpreter a named source looks, and which ones it leaves out.
+_NAMED = {"stdlib": ("stdlib",), "python": ("stdlib", "purelib", "platlib")}
 _STDLIB_EXCLUDED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _SHARD_BYTES = 64 << 20  # tfds holds one shard in memory while it writes it
 _IN_THIS_THREAD = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -61,35 +63,40 @@ class Document:
 
 
 def find_corpus(source: str, pattern: str) -> Corpus:
-    """Finds the files of `source`: "stdlib", a folder (with `pattern` below it) or a glob.
+    """Finds the files of `source`.
 
-    Hidden files and folders are found only by a pattern that names them, as in a shell.
+    Sources: "stdlib", Python's standard library without its tests; "python", the standard library
+    and all installed packages; a folder (with `pattern` below it); or a glob. Hidden files and
+    folders are found only by a pattern that names them, as in a shell.
 
     Raises:
         InvalidInput: there is no such folder, or no file matches.
     """
     folder = Path(source).expanduser()
-    excluded: set[str] = set()
-    if source == "stdlib":
-        root, excluded = Path(sysconfig.get_path("stdlib")), _STDLIB_EXCLUDED
+    if source in _NAMED:
+        folders = {Path(sysconfig.get_path(name)).resolve() for name in _NAMED[source]}
     elif source and folder.is_dir():
-        root = folder
+        folders = {folder.resolve()}
     elif wild := [i for i, part in enumerate(folder.parts) if set(part) & set("*?[")]:
-        root, pattern = Path(*folder.parts[: wild[0]]), str(Path(*folder.parts[wild[0] :]))
+        folders = {Path(*folder.parts[: wild[0]]).resolve()}
+        pattern = str(Path(*folder.parts[wild[0] :]))
     else:
         raise InvalidInput(
-            f"source {source!r}: no such folder; give a folder, a glob, 'stdlib' or 'tfds:NAME'"
+            f"source {source!r}: no such folder; give a folder, a glob, 'stdlib', 'python' or "
+            "'tfds:NAME'"
         )
-    root = root.resolve()
-    paths = sorted(
-        path
-        for path in glob.glob(pattern, root_dir=root, recursive=True)
-        if (root / path).is_file() and not excluded & set(Path(path).parts)
-    )
+    excluded = _STDLIB_EXCLUDED if source == "stdlib" else set()
+    root = Path(os.path.commonpath(folders))
+    paths = {
+        str((below / path).relative_to(root))
+        for below in folders
+        for path in glob.glob(pattern, root_dir=below, recursive=True)
+        if (below / path).is_file() and not excluded & set(Path(path).parts)
+    }
     if not paths:
         raise InvalidInput(f"source {source!r}: no file below {root} matches {pattern!r}")
-    name = source if source == "stdlib" else re.sub(r"[^\w.-]", "_", root.name)[:40]
-    return Corpus(name or "root", root, tuple(paths))
+    name = source if source in _NAMED else re.sub(r"[^\w.-]", "_", root.name)[:40]
+    return Corpus(name or "root", root, tuple(sorted(paths)))
 
 
 def _state_of_files(corpus: Corpus, sequence_length: int, validation_share: float) -> str:

@@ -66,7 +66,7 @@ def check_owner(workdir, config, data: dict) -> pathlib.Path:
                 "be told; use another --workdir"
             )
         return workdir
-    key, there, here = _first_difference(record["config"], config.to_dict())
+    key, there, here = first_difference(record["config"], config.to_dict())
     if key:
         raise InvalidInput(
             f"{workdir} belongs to another config: {key} is {there!r} there, {here!r} "
@@ -140,12 +140,12 @@ def git_commit() -> str:
     return found.stdout.strip()
 
 
-def _first_difference(there, here, prefix=""):
-    """The first key, in the config's order, whose values differ, and both values."""
+def first_difference(there: dict, here: dict, prefix: str = "") -> tuple:
+    """The first key, in the config's order, whose values differ, and both values; else None."""
     for key in {**here, **there}:
         old, new = there.get(key, "absent"), here.get(key, "absent")
         if isinstance(old, dict) and isinstance(new, dict):
-            found = _first_difference(old, new, f"{prefix}{key}.")
+            found = first_difference(old, new, f"{prefix}{key}.")
             if found[0]:
                 return found
         elif old != new:

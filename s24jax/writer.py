@@ -69,8 +69,12 @@ def write_json(path: str | Path, value: Any) -> None:
     Raises:
       BrokenEnvironment: the disk is full or not writable; a file already at path is left as it was.
     """
-    text = json.dumps(_strict(_plain(value)), indent=2, allow_nan=False)
-    write_bytes(path, (text + "\n").encode())
+    write_bytes(path, (to_json(value, indent=2) + "\n").encode())
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """value as strict JSON, keys in their order, NaN and inf as null."""
+    return json.dumps(_strict(_plain(value)), indent=indent, allow_nan=False)
 
 
 def read_json(path: str | Path) -> Any:
@@ -148,13 +152,15 @@ class MetricWriter:
         """Appends one record.
 
         TensorBoard tags: `run/kind/name` for a number; `run/kind/name/layer_00`, ... and
-        `run/kind/name/mean` for one number per layer. Strings and None go to metrics.jsonl only.
+        `run/kind/name/mean` for one number per layer. Strings, None and lists of lists go to
+        metrics.jsonl only.
 
         Args:
           kind: train, validation, sparsity or switch.
           run: main or dense_twin.
           step: the training step that the values belong to.
-          **values: Python, NumPy or JAX scalars, strings, None, lists or one-dimensional arrays.
+          **values: Python, NumPy or JAX scalars, strings, None, lists, or arrays of one or two
+            dimensions.
         """
         values = {name: _plain(value) for name, value in values.items()}
         record = {"kind": kind, "run": run, "step": int(step), **_strict(values)}
@@ -223,6 +229,8 @@ def _scalars(tag: str, value: Any) -> list[Summary.Value]:
         return []
     if not isinstance(value, list):
         return [Summary.Value(tag=tag, simple_value=value)]
+    if value and isinstance(value[0], list):
+        return []
     layers = {f"layer_{layer:02d}": number for layer, number in enumerate(value)}
     if value:
         layers["mean"] = sum(value) / len(value)

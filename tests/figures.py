@@ -47,6 +47,29 @@ def save_records(workdir, records):
     return workdir
 
 
+def make_row(name, **changes):
+    """A row of results: what is left of `make_records`."""
+    records = make_records(**{"twin": False, **changes})
+    curves = {}
+    for kind in ("train", "validation", "sparsity"):
+        found = [r for r in records if r["kind"] == kind]
+        columns = [key for key in found[0] if key not in ("kind", "run", "mode")] if found else []
+        curves[kind] = {key: [r[key] for r in found] for key in columns}
+    curves["validation"]["seconds"] = [0.25 * step for step in curves["validation"]["step"]]
+    profile = [np.geomspace(0.5, 10.0 ** -(3 + layer), 64).tolist() for layer in range(LAYERS)]
+    curves["density_profile"] = {"step": [STEPS], "profile": [profile]}
+    curves = {kind: columns for kind, columns in curves.items() if columns}
+    if not changes.get("sparsity", True):
+        del curves["density_profile"]
+    summary = {"validation_loss": curves["validation"]["loss"][-1], "zero_share": 0.95}
+    return {
+        "name": name,
+        "config": {"seed": 0},
+        "summary": summary | {"switch_step": SWITCH},
+        "curves": {"main": curves},
+    }
+
+
 def pick(records, kind, run, key):
     found = [r for r in records if r["kind"] == kind and r["run"] == run]
     return [r["step"] for r in found], [r[key] for r in found]

@@ -208,6 +208,12 @@ def test_a_workdir_without_a_run(tmp_path, arguments, words):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("arguments", [[], ["--workdir=a", "--results=b"]])
+def test_plot_wants_one_of_two(arguments):
+    message = fail("experiments.plot", *arguments)
+    assert message == "name a run by --workdir, or results by --results"
+
+
 def test_errors_on_a_finished_run(trained):
     workdir = f"--workdir={trained[0]}"
     assert "no checkpoint of step 5" in fail("experiments.evaluate", workdir, "--step=5")

@@ -246,6 +246,16 @@ def test_stdlib_is_the_library_without_its_tests(tmp_path):
     assert rows([batch])[0].split(b"\0")[0] in text
 
 
+def test_python_is_the_library_and_all_packages():
+    corpus = text_corpus.find_corpus("python", "**/*.py")
+    assert corpus.name == "python"
+    paths = {corpus.root / path for path in corpus.paths}
+    assert {Path(json.__file__), Path(np.__file__), Path(pytest.__file__)} <= paths
+    assert len(paths) == len(corpus.paths)
+    stdlib = text_corpus.find_corpus("stdlib", "**/*.py")
+    assert {stdlib.root / path for path in stdlib.paths} < paths
+
+
 # Local files: the dataset on disk
 
 
@@ -430,7 +440,11 @@ def check_error(kind, words, config, length=L):
 
 def test_wrong_sources(corpus, tmp_path):
     for source, pattern, words in [
-        ("/no/such/folder", "**/*.py", ["/no/such/folder", "no such folder", "stdlib"]),
+        (
+            "/no/such/folder",
+            "**/*.py",
+            ["/no/such/folder", "no such folder", "'stdlib', 'python' or"],
+        ),
         ("", "**/*.py", ["''", "no such folder"]),
         (corpus / "a/0.txt", "*", ["0.txt", "no such folder"]),
         (corpus / "*.nothing", "*", ["*.nothing", "no file"]),

@@ -45,6 +45,8 @@ FLOORS = [
         "s24jax.packing",
         "s24jax.plots",
         "s24jax.progress",
+        "s24jax.results",
+        "s24jax.results_plot",
         "s24jax.sample",
         "s24jax.schedules",
         "s24jax.sparsity_metrics",

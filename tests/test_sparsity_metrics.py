@@ -65,7 +65,33 @@ def measure(y1, recipe: Recipe) -> dict[str, float]:
         "dense_feature_density": density(dense),
         "sparse_feature_density": density(sparse),
         "inactive_features": sum(count == 0 for count in fires) / features,
+        "inactive_blocks": inactive_blocks(y2[:tokens], fires),
+        "density_profile": profile(sorted(fires, reverse=True), tokens),
     }
+
+
+def inactive_blocks(y2, fires) -> float:
+    """Blocks that begin at every 128th token and every 32nd feature, the densest first."""
+    # Equally dense features: the lower index comes first.
+    order = sorted(range(y2.shape[1]), key=lambda f: (-fires[f], f))
+    blocks = [
+        any(
+            y2[t, f] != 0
+            for t in range(top, min(top + 128, len(y2)))
+            for f in order[left : left + 32]
+        )
+        for top in range(0, len(y2), 128)
+        for left in range(0, len(order), 32)
+    ]
+    return blocks.count(False) / len(blocks)
+
+
+def profile(fires, tokens) -> list[float]:
+    """Means over parts: feature i lies in part floor(i * parts / features)."""
+    parts = [[] for _ in range(min(64, len(fires)))]
+    for i, count in enumerate(fires):
+        parts[i * len(parts) // len(fires)].append(count / tokens)
+    return [sum(part) / len(part) for part in parts]
 
 
 def assert_measures(y1, recipe: Recipe) -> dict[str, float]:
@@ -73,7 +99,7 @@ def assert_measures(y1, recipe: Recipe) -> dict[str, float]:
     actual, expected = SPARSITY(jnp.asarray(y1), recipe), measure(y1, recipe)
     assert actual.keys() == expected.keys()
     for name, value in actual.items():
-        assert value.shape == () and value.dtype == jnp.float32, name
+        assert value.shape == np.shape(expected[name]) and value.dtype == jnp.float32, name
         np.testing.assert_allclose(value, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     return expected
 
@@ -108,6 +134,18 @@ def test_activations_that_fire_together(grouping, share, multiple):
         assert found["dense_feature_density"] > 1.5 * found["sparse_feature_density"]
 
 
+def test_blocks_and_profile_of_many_tokens_and_features():
+    """Two and a half tiles of tokens, three and a bit of features, more features than parts."""
+    y1 = firing_together(300, 104)
+    y1[:130, 40:] = -1  # most of the first tile is silent
+    found = assert_measures(y1, Recipe(dense_multiple=8))
+    assert 0 < found["inactive_blocks"] < 1
+    assert len(found["density_profile"]) == 64
+    mean = np.mean([np.mean(y1[:, f] > 0) for f in range(104)])
+    assert abs(mean - (1 - found["zero_share"])) < 1e-9
+    assert found["density_profile"] == sorted(found["density_profile"], reverse=True)
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 14, 31])
 def test_tokens_that_do_not_fill_the_last_group(tokens):
     """The padding counts nowhere, and `ffn24`'s groups are formed over the padded tokens."""
@@ -133,8 +171,8 @@ def test_any_activations(y1, grouping, share):
     """Small integers: ties among values and among counts everywhere."""
     recipe = Recipe(token_grouping=grouping, dense_share=share, dense_multiple=4)
     assert_measures(y1.astype(np.float32), recipe)
-    found = {name: float(v) for name, v in SPARSITY(jnp.float32(y1), recipe).items()}
-    assert all(0 <= value <= 1 for value in found.values()), found
+    found = SPARSITY(jnp.float32(y1), recipe)
+    assert all(value.min() >= 0 and value.max() <= 1 for value in found.values()), found
     assert found["dropped_feature_wise"] >= found["dropped_token_wise"]
     assert found["dropped_feature_wise_energy"] >= found["dropped_token_wise_energy"]
     if share:
@@ -144,8 +182,9 @@ def test_any_activations(y1, grouping, share):
 @pytest.mark.parametrize("y1", [np.zeros((8, 8), np.float32), np.full((7, 8), -2, np.float32)])
 def test_nothing_fires(y1):
     found = assert_measures(y1, Recipe(dense_multiple=4))
-    assert found["zero_share"] == found["inactive_features"] == 1
-    assert sum(found.values()) == 2, "nothing is lost where nothing was"
+    assert found["zero_share"] == found["inactive_features"] == found["inactive_blocks"] == 1
+    assert found.pop("density_profile") == [0.0] * 8
+    assert sum(found.values()) == 3, "nothing is lost where nothing was"
 
 
 def test_everything_fires():
@@ -161,6 +200,8 @@ def test_everything_fires():
         "dense_feature_density": 1.0,
         "sparse_feature_density": 1.0,
         "inactive_features": 0.0,
+        "inactive_blocks": 0.0,
+        "density_profile": [1.0] * 8,
     }
 
 

@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from configs.sweeps import ablation
 from s24jax import sweep as sweeping
-from s24jax.errors import Diverged, InvalidInput
+from s24jax.errors import InvalidInput
+from s24jax.results import read_results
 from s24jax.sweep import run_sweep, table
+from s24jax.train import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -36,7 +38,8 @@ def test_the_ablation_gives_all_rows(finished):
     lines = (workdir / "table.md").read_text().splitlines()
     assert [re.match(r"\| (\w+) \|", line).group(1) for line in lines[2:]] == names
     assert out.startswith((workdir / "table.md").read_text())
-    assert (workdir / "plots" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    figures = ["profile.png", "seconds.png", "sparsity.png", "sweep.png"]
+    assert sorted(path.name for path in (workdir / "plots").iterdir()) == figures
     for name in names:
         summary = json.loads((workdir / name / "summary.json").read_text())
         assert f"| {summary['validation_loss']:.4f} |" in lines[2 + names.index(name)]
@@ -54,17 +57,70 @@ def test_rows_start_alike(finished):
     assert first["no_warmup"] != first["full_recipe"]  # it starts pruned
 
 
-def test_a_finished_sweep_trains_nothing(finished, monkeypatch):
+def test_every_row_is_recorded(finished):
+    workdir, _ = finished
+    results = read_results(workdir / "results.json")
+    assert (results["name"], results["baseline"]) == ("ablation", "dense_relu2")
+    assert [row["name"] for row in results["rows"]] == [
+        row.name for row in ablation.get_config("smoke").rows
+    ]
+    for row in results["rows"]:
+        summary = json.loads((workdir / row["name"] / "summary.json").read_text())
+        record = json.loads((workdir / row["name"] / "run.json").read_text())
+        assert row["summary"] == summary
+        assert row["config"] == record["config"]
+        assert row["environment"]["commit"] == record["git_commit"]
+        assert row["environment"]["implementations"] == record["implementations"]
+        assert row["curves"]["main"]["validation"]["step"] == [3, 6]
+        assert ("sparsity" in row["curves"]["main"]) == (
+            "relu2" in record["config"]["model"]["ffn"]
+        )
+    assert str(workdir) not in (workdir / "results.json").read_text()
+
+
+def test_a_recorded_row_is_not_run_again(finished, tmp_path, monkeypatch):
+    """Nor is its workdir needed: the record may have come from another machine."""
     workdir, _ = finished
     monkeypatch.setattr("s24jax.train._Run", None)
-    rows = run_sweep(ablation.get_config("smoke"), workdir)
+    sweep = ablation.get_config("smoke")
+    rows = run_sweep(sweep, tmp_path / "runs", results=workdir / "results.json")
     assert table(rows, "dense_relu2") == (workdir / "table.md").read_text()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_plot_draws_a_sweep(finished):
+def test_results_are_drawn_anew(finished, tmp_path):
     workdir, _ = finished
-    assert sweeping.is_sweep(workdir)
-    assert sweeping.plot_rows(workdir) == [workdir / "plots" / "sweep.png"]
+    (tmp_path / "results.json").write_bytes((workdir / "results.json").read_bytes())
+    names = ["table.md", *(f"plots/{n}.png" for n in ("sweep", "seconds", "sparsity", "profile"))]
+    for argument in (f"--workdir={tmp_path}", f"--results={tmp_path}/results.json"):
+        command = [sys.executable, "-m", "experiments.plot", argument]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines() == [str(tmp_path / name) for name in names]
+    assert (tmp_path / "table.md").read_bytes() == (workdir / "table.md").read_bytes()
+
+
+def test_processes_share_a_sweep(tmp_path):
+    """Two at once, each with rows of its own, into one file of another folder."""
+    results = tmp_path / "kept" / "results.json"
+    commands = [
+        [
+            sys.executable, "-m", "experiments.sweep",
+            "--sweep=configs/sweeps/ablation.py:smoke", f"--workdir={tmp_path}/runs",
+            f"--results={results}", f"--rows={rows}",
+        ]
+        for rows in ("no_split,dense_relu2", "full_recipe")
+    ]  # fmt: skip
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for command in commands
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, out
+    rows = read_results(results)["rows"]
+    assert [row["name"] for row in rows] == ["dense_relu2", "full_recipe", "no_split"]
+    assert (results.parent / "table.md").exists() and (results.parent / "plots/sweep.png").exists()
 
 
 def two_rows(**changes) -> ConfigDict:
@@ -77,41 +133,70 @@ def two_rows(**changes) -> ConfigDict:
 
 
 def test_a_divergence_is_a_row_and_not_tried_again(tmp_path, monkeypatch):
+    """The second row's loss is no number from the first step on, the first row's stays one."""
     tried = []
 
-    def train(config, workdir):
-        tried.append(config.name)
-        workdir.mkdir(parents=True, exist_ok=True)
-        if config.name.endswith("other"):
-            raise Diverged("the loss is nan at step 4")
-        return {key: 1.0 for key, _ in sweeping.COLUMNS.values()} | {"parameters": 10}
+    def counted(config, workdir):
+        tried.append(workdir.name)
+        return train(config, workdir)
 
-    monkeypatch.setattr(sweeping, "train", train)
-    monkeypatch.setattr(sweeping, "plot_rows", lambda workdir: None)
+    monkeypatch.setattr(sweeping, "train", counted)
+    sweep = two_rows(optimizer={"peak_learning_rate": 1e38}, model={"up_gain": 1e30})
     for _ in range(2):
-        rows = run_sweep(two_rows(), tmp_path)
-    assert tried == ["ablation/dense_relu2", "ablation/other", "ablation/dense_relu2"]
-    assert rows[1]["validation_loss"] is None
-    line = (tmp_path / "table.md").read_text().splitlines()[3]
-    assert line.startswith("| other | - | diverged: the loss is nan at step 4 | - |")
-    assert line.count("|") == (tmp_path / "table.md").read_text().splitlines()[0].count("|")
+        rows = run_sweep(sweep, tmp_path)
+    assert tried == ["dense_relu2", "other"]
+    assert rows[1]["summary"]["validation_loss"] is None
+    assert rows[1]["summary"]["diverged"].startswith("the loss is nan at step ")
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[3].startswith("| other | - | diverged: the loss is nan at step ")
+    assert lines[3].count("|") == lines[0].count("|")
 
 
 def test_a_signal_stops_the_sweep(tmp_path, monkeypatch):
     monkeypatch.setattr(sweeping, "train", lambda config, workdir: None)
     assert run_sweep(two_rows(), tmp_path) is None
-    assert not (tmp_path / "table.md").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def made_up(name: str, loss: float | None, **config) -> dict:
+    summary = {key: 0.5 for key, _ in sweeping.COLUMNS.values()}
+    summary |= {"parameters": 1234, "validation_loss": loss}
+    return {"name": name, "config": {"name": name, "seed": 0, **config}, "summary": summary}
 
 
 def test_the_difference_is_to_the_baseline():
-    row = {key: 0.5 for key, _ in sweeping.COLUMNS.values()} | {"parameters": 1234}
-    rows = [
-        {**row, "name": "base", "validation_loss": 2.0},
-        {**row, "name": "other", "validation_loss": 1.9, "tokens_per_second": None},
-    ]
-    base, other = table(rows, "base").splitlines()[2:]
+    other = made_up("other", 1.9, lr=1)
+    other["summary"]["tokens_per_second"] = None
+    base, other_line = table([made_up("base", 2.0), other], "base").splitlines()[2:]
     assert base == "| base | +0.0000 | 2.0000 | 0.5000 | 50.0% | 50.00% | 50.00% | 0 | 1,234 |"
-    assert other == "| other | -0.1000 | 1.9000 | 0.5000 | 50.0% | 50.00% | 50.00% | - | 1,234 |"
+    assert other_line == (
+        "| other | -0.1000 | 1.9000 | 0.5000 | 50.0% | 50.00% | 50.00% | - | 1,234 |"
+    )
+    (alone,) = table([other], "base").splitlines()[2:]
+    assert alone.startswith("| other | - | 1.9000 |")
+
+
+def test_rows_that_differ_in_their_seed_are_repeats():
+    rows = [
+        made_up("base", 2.0),
+        made_up("base_1", 2.02, seed=1),
+        made_up("other", 1.0, lr=1),
+        made_up("base_2", 2.01, seed=2),
+    ]
+    rows.append(made_up("base_3", None, seed=3))
+    rows[-1]["summary"] = {"validation_loss": None, "zero_share": None, "diverged": "nan"}
+    assert sweeping.seeds(rows) == {"base": [2.0, 2.02, 2.01]}
+    assert table(rows, "base").splitlines()[-3:] == [
+        "| seeds | how many | mean loss | largest - smallest |",
+        "|---|---:|---:|---:|",
+        "| base | 3 | 2.0100 | 0.0200 |",
+    ]
+
+
+def test_some_rows_that_do_not_exist(tmp_path):
+    with pytest.raises(InvalidInput) as error:
+        run_sweep(two_rows(), tmp_path, only=["othr"])
+    assert str(error.value) == "sweep ablation has no row 'othr'; use some of dense_relu2, other"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,136 @@
+"""The figures of a sweep's results: how its runs learn, over steps and over time, and how sparse
+their layers become."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+from s24jax.figure_style import (
+    GREY,
+    label_axes,
+    log_ticks,
+    save_figure,
+    scale_loss,
+    set_ticks,
+    styled,
+)
+from s24jax.results import PROFILE, Row
+from s24jax.sweep_plot import row_look, sweep_figure
+
+_PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
+# What the sparsity figure shows of each layer, and whether its axis is logarithmic.
+_PANELS = (
+    ("zero_share", "zeros in Y2", "linear"),
+    ("dropped_token_wise", "dropped token-wise,\n% of the non-zeros", "log"),
+    ("dropped_feature_wise", "dropped feature-wise,\n% of the non-zeros", "log"),
+    ("inactive_features", "inactive features", "linear"),
+    ("inactive_blocks", "inactive blocks of\n128 tokens x 32 features", "linear"),
+)
+
+
+def plot_results(folder: str | Path, rows: Sequence[Row], *, baseline: str) -> list[Path]:
+    """Draws the figures of a sweep's rows into folder/plots; their paths.
+
+    sweep.png: validation losses over steps, final ones compared with the baseline's. seconds.png:
+    the same over training time. sparsity.png: each layer of each row at its last probe.
+    profile.png: how active the features of each layer are. The last two have the rows with Squared
+    ReLU and are not made where there is none.
+
+    Raises:
+      InvalidInput: there are no rows.
+      BrokenEnvironment: the disk is full or not writable.
+    """
+    figures = {"sweep": sweep_figure(rows, baseline=baseline), "seconds": seconds_figure(rows)}
+    looks = {row["name"]: row_look(index) for index, row in enumerate(rows)}
+    sparse = [row for row in rows if "sparsity" in row["curves"]["main"]]
+    if sparse:
+        figures |= {
+            "sparsity": sparsity_figure(sparse, looks),
+            "profile": profile_figure(sparse),
+        }
+    return [save_figure(figure, folder, name) for name, figure in figures.items()]
+
+
+@styled
+def seconds_figure(rows: Sequence[Row]) -> Figure:
+    """Validation loss over training seconds; a ring where a run switches to 2:4."""
+    figure = Figure((10.0, 5.4), layout="constrained")
+    axes = figure.subplots()
+    label_axes(axes, "How soon is which loss reached?", "validation loss (nats per token)")
+    axes.set_xlabel("seconds of training steps (without compilation and validation)")
+    for index, row in enumerate(rows):
+        curve = row["curves"]["main"].get("validation")
+        if not curve:
+            continue  # it diverged before the first validation
+        steps, seconds, loss = (
+            np.array(curve[key], dtype=float) for key in ("step", "seconds", "loss")
+        )
+        every = max(1, len(steps) // 12)
+        look = row_look(index)
+        axes.plot(seconds, loss, lw=1.4, ms=5, markevery=every, label=row["name"], **look)
+        switch = row["summary"].get("switch_step")
+        if switch and steps[0] <= switch <= steps[-1]:
+            at = np.interp(switch, steps, seconds), np.interp(switch, steps, loss)
+            axes.plot(*at, "o", ms=13, mfc="none", mew=1.5, color=look["color"])
+    axes.plot([], [], "o", ms=13, mfc="none", mew=1.5, color=GREY, label="switch to 2:4")
+    scale_loss(axes)
+    figure.legend(loc="outside right upper")
+    return figure
+
+
+@styled
+def sparsity_figure(rows: Sequence[Row], looks: dict[str, dict]) -> Figure:
+    """Layer by layer, at the last probe: zeros, what is dropped, what is inactive."""
+    shown = [p for p in _PANELS if any(p[0] in row["curves"]["main"]["sparsity"] for row in rows)]
+    figure = Figure((4.0 * len(shown), 4.6), layout="constrained")
+    for axes, (key, label, scale) in zip(
+        np.atleast_1d(figure.subplots(1, len(shown))), shown, strict=True
+    ):
+        axes.set_xlabel("layer (0 is next to the input)")
+        axes.set_title(label, fontsize=11)
+        for row in rows:
+            values = row["curves"]["main"]["sparsity"].get(key)
+            if values:
+                axes.plot(np.array(values[-1], dtype=float), ms=5, lw=1.2, **looks[row["name"]])
+        axes.set_yscale(scale)
+        axes.yaxis.set_major_formatter(_PERCENT)
+        if scale == "log":
+            set_ticks(axes.yaxis, log_ticks(axes.get_ylim(), (1.0, 2.0, 5.0)), _PERCENT)
+    _legend(figure, rows, looks)
+    return figure
+
+
+@styled
+def profile_figure(rows: Sequence[Row]) -> Figure:
+    """How often features are active at the last probe, from the densest to the sparsest."""
+    columns = min(4, max(1, len(rows)))
+    lines = max(1, -(-len(rows) // columns))
+    figure = Figure((max(8.0, 3.6 * columns + 1.0), 3.2 * lines + 0.8), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes in panels.flat[len(rows) :]:
+        axes.set_axis_off()
+    for axes, row in zip(panels.flat, rows, strict=False):
+        profile = np.array(row["curves"]["main"][PROFILE]["profile"][-1], dtype=float)
+        colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(profile)))
+        share = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
+        for layer, density in enumerate(profile):
+            # A log scale has no place for a feature that is never active.
+            axes.plot(share, np.maximum(density, 1e-5), color=colours[layer], lw=1.2)
+        axes.set_title(row["name"], fontsize=11)
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
+        axes.xaxis.set_major_formatter(_PERCENT)
+        axes.yaxis.set_major_formatter(_PERCENT)
+    figure.supxlabel("features, the densest first; a line for each layer, dark next to the input")
+    figure.supylabel("active in % of the tokens")
+    return figure
+
+
+def _legend(figure: Figure, rows: Sequence[Row], looks: dict[str, dict]) -> None:
+    lines = [matplotlib.lines.Line2D([], [], lw=1.2, ms=5, **looks[row["name"]]) for row in rows]
+    figure.legend(lines, [row["name"] for row in rows], loc="outside right upper")
