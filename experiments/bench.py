@@ -3,15 +3,19 @@
 python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
 python -m experiments.bench ffn --from-workdir=DIR [as above, without --shapes]
-python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--tokens=N]
-    [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
+python -m experiments.bench ffn --profile=FILE.json[:ROW] [as above]
+python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--widths=D,...]
+    [--tokens=N,...] [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
+    [--figure=FILE.png|svg]
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
 `gemm`: the four sparse products. `sparsify`: the passes that make their operands. `ffn`: the whole
-feed-forward network and its parts, on synthetic operands or on those of a trained model. `step`,
-`prefill`, `decode`: whole models, in training and in inference. `draw` makes table and figure anew
-from the rows of a file. `--tune` saves our kernel's fastest schedules.
+feed-forward network and its parts, on synthetic operands, on those of a trained model, or on such
+as have the active features of a recorded run (the results of `experiments.sweep`). `step`,
+`prefill`, `decode`: whole models, in training and in inference, as configured or at other widths.
+`draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
+schedules.
 """
 
 import os
@@ -30,8 +34,9 @@ from s24jax import device
 from s24jax.bench import ffn, gemm, model, sparsify
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
+from s24jax.bench.profile import profiled
 from s24jax.bench.rows import environment, read_rows, write_rows
-from s24jax.bench.shapes import SHAPES, Shape, parse_names, parse_shapes
+from s24jax.bench.shapes import SHAPES, Shape, parse_counts, parse_names, parse_shapes
 from s24jax.bench.table import table
 from s24jax.bench.tune import tune
 from s24jax.errors import InvalidInput
@@ -50,9 +55,11 @@ PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. 
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
 FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose FFNs `ffn` takes.")
+PROFILE = flags.DEFINE_string("profile", None, "Results whose features `ffn` imitates.")
 MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
 LAYERS = flags.DEFINE_integer("layers", None, "Of each model. Default: all.", lower_bound=1)
-TOKENS = flags.DEFINE_integer("tokens", 16384, "Of a step or a prompt.", lower_bound=1)
+WIDTHS = flags.DEFINE_string("widths", None, "D,... of each model. Default: its own.")
+TOKENS = flags.DEFINE_string("tokens", "16384", "N,... of a step or a prompt.")
 TUNE = flags.DEFINE_bool("tune", False, "Time the schedules of gemm's cuda and save the best.")
 
 
@@ -64,10 +71,6 @@ def main(arguments: list[str]) -> None:
             f"{command!r} is no bench; write {', '.join(others)} or {last} before the flags"
         )
     if FIGURE.value:
-        if command in model.PRODUCTS:
-            raise InvalidInput(
-                f"--figure goes with gemm, sparsify and ffn, not with {command}; leave it out"
-            )
         check_format(FIGURE.value)
     if command in BESIDE_TORCH:
         # torch allocates on the same GPU, of which jax would take three quarters when it starts.
@@ -90,10 +93,17 @@ def main(arguments: list[str]) -> None:
 def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
     products = _names("products", PRODUCTS.value, bench.PRODUCTS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, bench.IMPLEMENTATIONS)
+    if FROM_WORKDIR.value and PROFILE.value:
+        raise InvalidInput("--from-workdir and --profile exclude each other; leave one out")
     if FROM_WORKDIR.value:
         if bench is not ffn:
             raise InvalidInput("--from-workdir goes with ffn alone; leave it out")
         cases = captured(FROM_WORKDIR.value)
+        return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
+    if PROFILE.value:
+        if bench is not ffn:
+            raise InvalidInput("--profile goes with ffn alone; leave it out")
+        cases = profiled(PROFILE.value, _shapes())
         return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
     return bench.bench(_shapes(), products, implementations, ROUNDS.value)
 
@@ -102,7 +112,11 @@ def _of_models(product: str) -> Iterator[list[dict]]:
     known = tuple(model.IMPLEMENTATIONS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, known)
     configs = [_config(name.strip()) for name in MODELS_FLAG.value.split(",")]
-    return model.bench(product, configs, TOKENS.value, implementations, ROUNDS.value)
+    if WIDTHS.value:
+        widths = parse_counts("widths", WIDTHS.value)
+        configs = [model.at_width(config, width) for config in configs for width in widths]
+    tokens = parse_counts("tokens", TOKENS.value)
+    return model.bench(product, configs, tokens, implementations, ROUNDS.value)
 
 
 def _config(written: str) -> ConfigDict:

@@ -922,6 +922,15 @@ bench.main(["{command}"])
         (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
         (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
         (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn alone; leave it out"),
+        (
+            ["gemm", "--profile=x", "--shapes=64x32x128"],
+            "--profile goes with ffn alone; leave it out",
+        ),
+        (["ffn", "--profile=x.json", "--shapes=64x32x128"], "x.json does not exist"),
+        (
+            ["ffn", "--profile=x", "--from-workdir=x"],
+            "--from-workdir and --profile exclude each other; leave one out",
+        ),
         (["ffn", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
         (["draw"], "draw: --json is not given; name the file of the rows"),
         (["gemm", "stray"], "'stray' is no flag; write --flag=value"),

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from figures import assert_no_overlap
+from figures import assert_no_overlap, make_row
 
 from configs import quickstart
 from s24jax.bench import captured as captured_module
@@ -24,6 +24,7 @@ from s24jax.bench import ffn, ffn_parts
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import bench_figure
 from s24jax.bench.operands import DENSE, SPARSE
+from s24jax.bench.profile import profiled
 from s24jax.bench.rows import KEYS, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape
 from s24jax.bench.table import table
@@ -33,6 +34,7 @@ from s24jax.errors import InvalidInput, Unsupported
 from s24jax.evaluate import restore_run
 from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.train import train
+from s24jax.writer import write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = Shape(64, 32, 128)
@@ -226,6 +228,63 @@ def test_lines_of_one_shape_are_told_apart(run):
         rows += found
     lines = [line for line in table(rows).splitlines() if "up forward" in line]
     assert ["layer 1 of 2, step 6" in line for line in lines] == [True, False]
+
+
+# ---------------------------------------------------------------------------- of a recorded run
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two rows of made-up runs, the second without Squared ReLU; its file."""
+    path = tmp_path / "results.json"
+    rows = [make_row("relu2"), make_row("gelu", sparsity=False)]
+    write_json(path, {"name": "sweep", "baseline": "relu2", "rows": rows})
+    return path
+
+
+def test_profiled_operands_are_as_active_as_the_runs_features(results):
+    """Of 256 features four each are as active as one of the 64 parts says, in random order."""
+    (profile,) = make_row("relu2")["curves"]["main"]["density_profile"]["profile"]
+    cases = list(profiled(str(results), [Shape(8192, 64, 256)]))
+    assert [case.source for case in cases] == [
+        f"relu2, layer {layer} of 5, step 240" for layer in (1, 3, 5)
+    ]
+    for layer, (_, operands) in zip((0, 2, 4), cases, strict=True):
+        assert operands.shape == (8192, 64, 256)
+        active = np.mean(np.asarray(operands.x_TD @ operands.w_up_FD.T) > 0, axis=0)
+        expected = np.repeat(profile[layer], 4)
+        np.testing.assert_allclose(np.sort(active)[::-1], expected, atol=0.04)
+        assert 1 - ffn.zero_share(operands) == pytest.approx(np.mean(expected), abs=0.003)
+        assert not np.all(np.diff(active) <= 0)
+
+
+def test_features_that_are_never_active_have_finite_weights():
+    operands = ffn.make_operands(Shape(64, 32, 128), jnp.zeros(128))
+    assert all(bool(jnp.all(jnp.isfinite(array))) for array in operands)
+    assert ffn.zero_share(operands) == 1
+
+
+def test_a_row_of_the_results(results):
+    recorded = json.loads(results.read_text())
+    recorded["rows"].append(make_row("2:4") | {"name": "other"})
+    write_json(results, recorded)
+    shapes = [Shape(64, 32, 128)]
+    (first, *_) = profiled(f"{results}:other", shapes)
+    assert first.source == "other, layer 1 of 5, step 240"
+    for written in (str(results), f"{results}:gelu"):
+        with pytest.raises(InvalidInput) as error:
+            next(profiled(written, shapes))
+        assert str(error.value) == (
+            f"--profile: {written} names no row with a profile; "
+            f"write {results}:ROW with one of relu2, other"
+        )
+    recorded["rows"] = [make_row("gelu", sparsity=False)]
+    write_json(results, recorded)
+    with pytest.raises(InvalidInput) as error:
+        next(profiled(str(results), shapes))
+    assert str(error.value) == (
+        f"--profile: no row of {results} has Squared ReLU; use another file"
+    )
 
 
 # ------------------------------------------------------------------------------- table and figure

@@ -1,5 +1,6 @@
 """The benches of whole models without a GPU: rows, arithmetic, errors, command lines."""
 
+import itertools
 import json
 import pathlib
 import subprocess
@@ -7,13 +8,17 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from figures import assert_no_overlap
 
 from configs import lm_100m
 from s24jax.bench import model
+from s24jax.bench.figure import bench_figure
 from s24jax.bench.model import Batch
 from s24jax.bench.rows import KEYS
 from s24jax.bench.table import table
+from s24jax.bench.timing import Result
 from s24jax.errors import InvalidInput
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -35,7 +40,7 @@ def kernels(monkeypatch):
 
 @products
 def test_rows(product, kernels):
-    (rows,) = model.bench(product, [SMALL], 64, tuple(model.IMPLEMENTATIONS), 1)
+    (rows,) = model.bench(product, [SMALL], [64], tuple(model.IMPLEMENTATIONS), 1)
     assert [row["implementation"] for row in rows] == ["cuda", "relu2_cuda", "xla_dense"]
     ms = {row["implementation"]: row["ms"] for row in rows}
     tokens = 2 if product == "decode" else 64
@@ -78,7 +83,7 @@ def test_a_step_trains():
 
 def test_what_is_no_number_has_no_time(kernels, monkeypatch):
     monkeypatch.setattr(model, "_not_finite", lambda out: float(out) * jnp.inf)
-    (rows,) = model.bench("step", [SMALL], 64, ("cuda",), 1)
+    (rows,) = model.bench("step", [SMALL], [64], ("cuda",), 1)
     assert rows[0]["ms"] is None and rows[0]["note"] == "wrong result: relative error inf"
 
 
@@ -99,7 +104,7 @@ def test_tokens_that_are_no_sequences(tokens, mend):
 
 @products
 def test_table(product, kernels):
-    (rows,) = model.bench(product, [SMALL], 64, ("cuda", "xla_dense"), 1)
+    (rows,) = model.bench(product, [SMALL], [64], ("cuda", "xla_dense"), 1)
     head, _, line = (line for line in table(rows).splitlines() if line.startswith("|"))
     cells = [cell.strip() for cell in head.strip("|").split("|")]
     assert cells == [
@@ -107,6 +112,50 @@ def test_table(product, kernels):
         *("MFU of cuda", "error of cuda"),
     ]
     assert f"{product} lm_100m_smoke" in line
+
+
+def test_each_width_with_each_number_of_tokens(kernels):
+    configs = [model.at_width(SMALL, width) for width in (16, 32)]
+    batches = list(model.bench("prefill", configs, [32, 64], ("xla_dense",), 1))
+    assert [(row["T"], row["D"], row["F"]) for (row,) in batches] == [
+        *((32, 16, 64), (64, 16, 64), (32, 32, 128), (64, 32, 128))
+    ]
+
+
+def test_a_width_keeps_the_heads_width():
+    config = model.at_width(lm_100m.get_config(), 2048)
+    assert (config.model.heads, config.model.hidden) == (32, 8192)
+    assert lm_100m.get_config().model.width == 768
+    with pytest.raises(InvalidInput) as error:
+        model.at_width(lm_100m.get_config(), 1000)
+    assert str(error.value) == (
+        "--widths: 1000 does not give whole heads of lm_100m, 64 wide; use 960"
+    )
+
+
+def test_figure_over_widths_and_tokens():
+    """Made-up times: 2:4 gains with the width, our dense model is 1.05 times as fast."""
+    rows = []
+    for config, tokens in itertools.product(
+        (model.at_width(lm_100m.get_config(), width) for width in (768, 2048)), (16384, 65536)
+    ):
+        batch = model.batch_of(config, tokens)
+        speed = {"cuda": config.model.width / 1000, "relu2_cuda": 1.05, "xla_dense": 1.0}
+        results = {name: Result(tokens / 1e6 / s) for name, s in speed.items()}
+        rows += model._rows("step", config, batch, results, {})
+    figure = bench_figure(rows)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    for tokens in ("16,384", "65,536"):
+        line = lines[f"2:4, our kernels, T {tokens}"]
+        assert list(line.get_xdata()) == [768, 2048]
+        np.testing.assert_allclose(line.get_ydata(), [0.768, 2.048])
+        np.testing.assert_allclose(lines[f"dense, our kernels, T {tokens}"].get_ydata(), 1.05)
+    assert figure.get_suptitle() == "How much faster is a training step?"
+    assert axes.get_title(loc="left") == "lm_100m"
+    assert_no_overlap(figure)
+    with pytest.raises(InvalidInput, match="no row has a time beside xla_dense's; run the bench"):
+        bench_figure([row for row in rows if row["implementation"] == "xla_dense"])
 
 
 # ------------------------------------------------------------------------------- the command line
@@ -146,11 +195,9 @@ def test_end_to_end(product, tmp_path):
             "--tokens=100",
             "--tokens: 100 is no multiple of lm_100m's sequence length 1024; use 1024",
         ),
+        ("--tokens=1k", "--tokens: '1k' is no positive number; write N,N,..."),
+        ("--widths=768,0", "--widths: '0' is no positive number; write N,N,..."),
         ("--implementations=cublas", "--implementations: 'cublas' does not exist; use some of"),
-        (
-            "--figure=x.png",
-            "--figure goes with gemm, sparsify and ffn, not with step; leave it out",
-        ),
     ],
 )
 def test_errors(flag, words):

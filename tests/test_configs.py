@@ -37,7 +37,7 @@ def parameters(config) -> int:
 
 def test_there_are_the_promised_ones():
     assert RUNS == ["lm_100m", "paper_1p5b", "quickstart"]
-    assert SWEEPS == ["ablation"]
+    assert SWEEPS == ["ablation", "emergence", "sizes", "wall_clock", "width"]
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -89,13 +89,16 @@ def test_the_ablation_has_all_rows_and_equal_parameters():
         "dense_swiglu", "dense_relu2", "full_recipe", "no_warmup", "no_split", "adjacent_groups",
         "no_mask_consistency",
     }  # fmt: skip
-    assert paper | {"dense_gelu", "forward_only", "random_groups", "own_feature_mask"} == set(
-        configs
-    )
+    beside = {"dense_gelu", "forward_only", "random_groups", "own_feature_mask"}
+    seeds = {f"{name}_seed{n}": n for name in ("dense_relu2", "full_recipe") for n in (1, 2)}
+    assert paper | beside | set(seeds) == set(configs)
     sizes = [parameters(config) for config in configs.values()]
     assert max(sizes) - min(sizes) <= 0.001 * max(sizes)
-    shared = [(c.seed, c.steps, c.batch_size, c.data.to_dict()) for c in configs.values()]
+    shared = [(c.steps, c.batch_size, c.data.to_dict()) for c in configs.values()]
     assert all(one == shared[0] for one in shared)
+    assert {name: config.seed for name, config in configs.items() if config.seed} == seeds
+    tokens = {c.steps * c.batch_size * c.sequence_length for c in configs.values()}
+    assert min(tokens) >= 100e6
     recipes = {name: config.model.recipe for name, config in configs.items()}
     assert recipes["no_split"].dense_share == 0
     assert recipes["adjacent_groups"].token_grouping == "adjacent"
@@ -104,6 +107,32 @@ def test_the_ablation_has_all_rows_and_equal_parameters():
     assert recipes["no_mask_consistency"].feature_wise
     assert not (recipes["forward_only"].mask_consistency or recipes["forward_only"].feature_wise)
     assert configs["no_warmup"].sparse24_warmup_steps == 0
+
+
+def test_the_sizes_are_what_they_are_called():
+    configs = row_configs(load("sweeps.sizes"))
+    for name, config in configs.items():
+        size = float(name.partition("m_")[0]) * 1e6
+        assert 0.85 * size < parameters(config) < 1.05 * size, name
+        assert config.model.ffn == ("relu2" if name.endswith("dense") else "relu2_24")
+
+
+def test_the_clock_runs_for_three_sides_of_each_model():
+    configs = row_configs(load("sweeps.wall_clock"))
+    assert len(configs) == 6
+    for start in (0, 3):
+        xla, dense, sparse = list(configs.values())[start : start + 3]
+        assert (xla.model.implementation, dense.model.implementation) == ("reference", "auto")
+        assert (xla.model.ffn, dense.model.ffn, sparse.model.ffn) == ("relu2", "relu2", "relu2_24")
+        assert parameters(xla) == parameters(dense) == parameters(sparse)
+    assert parameters(sparse) > 3e8
+
+
+def test_the_width_run_forks_at_300_of_the_papers_shapes():
+    (config,) = row_configs(load("sweeps.width")).values()
+    assert config.model.to_dict() == load("paper_1p5b").model.to_dict()
+    assert config.batch_size * config.sequence_length == 65_536
+    assert (config.steps, config.sparse24_warmup_steps, config.dense_twin) == (400, 300, True)
 
 
 def test_an_unknown_variant_is_refused():

@@ -9,7 +9,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from configs.sweeps import ablation
+from configs.sweeps import ablation, width
+from configs.sweeps import row as sweep_row
 from s24jax import sweep as sweeping
 from s24jax.errors import InvalidInput
 from s24jax.results import read_results
@@ -36,7 +37,12 @@ def test_the_ablation_gives_all_rows(finished):
     workdir, out = finished
     names = [row.name for row in ablation.get_config("smoke").rows]
     lines = (workdir / "table.md").read_text().splitlines()
-    assert [re.match(r"\| (\w+) \|", line).group(1) for line in lines[2:]] == names
+    rows, repeats = lines[2 : 2 + len(names)], lines[2 + len(names) :]
+    assert [re.match(r"\| (\w+) \|", line).group(1) for line in rows] == names
+    assert [line[:22] for line in repeats[3:]] == [
+        "| dense_relu2 | 3 | 5.",
+        "| full_recipe | 3 | 5.",
+    ]
     assert out.startswith((workdir / "table.md").read_text())
     figures = ["profile.png", "seconds.png", "sparsity.png", "sweep.png"]
     assert sorted(path.name for path in (workdir / "plots").iterdir()) == figures
@@ -52,9 +58,12 @@ def test_rows_start_alike(finished):
     for path in workdir.glob("*/metrics.jsonl"):
         records = map(json.loads, path.read_text().splitlines())
         first[path.parent.name] = next(r["loss"] for r in records if r["kind"] == "train")
-    squared = {name for name in first if name not in ("dense_swiglu", "dense_gelu", "no_warmup")}
+    others = {"dense_swiglu", "dense_gelu", "no_warmup"}
+    squared = {name for name in first if name not in others and "_seed" not in name}
     assert len({first[name] for name in squared}) == 1
     assert first["no_warmup"] != first["full_recipe"]  # it starts pruned
+    for seed in ("_seed1", "_seed2"):
+        assert first[f"dense_relu2{seed}"] == first[f"full_recipe{seed}"] != first["full_recipe"]
 
 
 def test_every_row_is_recorded(finished):
@@ -123,11 +132,22 @@ def test_processes_share_a_sweep(tmp_path):
     assert (results.parent / "table.md").exists() and (results.parent / "plots/sweep.png").exists()
 
 
+def test_a_row_may_have_a_dense_twin(tmp_path):
+    """It stands in the row's record; the table's loss is the 2:4 model's."""
+    (row,) = run_sweep(width.get_config("smoke"), tmp_path)
+    twin, main = row["curves"]["dense_twin"], row["curves"]["main"]
+    assert main["train"]["step"] == [1, 2, 3, 4, 5, 6] and twin["train"]["step"] == [4, 5, 6]
+    assert row["summary"]["dense_twin"]["validation_loss"] == pytest.approx(
+        twin["validation"]["loss"][-1], rel=1e-5
+    )
+    assert f"| {row['summary']['validation_loss']:.4f} |" in (tmp_path / "table.md").read_text()
+
+
 def two_rows(**changes) -> ConfigDict:
     sweep = ablation.get_config("smoke")
     sweep.rows = (
-        ablation.row("dense_relu2", model={"ffn": "relu2"}),
-        ablation.row("other", **changes),
+        sweep_row("dense_relu2", model={"ffn": "relu2"}),
+        sweep_row("other", **changes),
     )
     return sweep
 
@@ -205,11 +225,11 @@ def test_some_rows_that_do_not_exist(tmp_path):
         (lambda s: s.update(rows=(s.rows[0], s.rows[0])), "two rows 'dense_relu2'; rename one"),
         (lambda s: s.update(baseline="x"), "baseline 'x' of sweep ablation is no row; use one of"),
         (
-            lambda s: s.update(rows=(s.rows[0], ablation.row("bad", nope=1))),
+            lambda s: s.update(rows=(s.rows[0], sweep_row("bad", nope=1))),
             "row 'bad' of sweep ablation does not fit the configuration",
         ),
         (
-            lambda s: s.update(rows=(s.rows[0], ablation.row("bad", model={"hidden": 3}))),
+            lambda s: s.update(rows=(s.rows[0], sweep_row("bad", model={"hidden": 3}))),
             "hidden width F=3 is no multiple of 4",
         ),
     ],

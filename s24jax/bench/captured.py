@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s24jax.bench.ffn_operands import Case, Operands
+from s24jax.bench.ffn_operands import Case, Operands, some_layers
 from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
 from s24jax.evaluate import restore_run
@@ -51,7 +51,7 @@ def captured(workdir, *, tokens: int = TOKENS) -> Iterator[Case]:
     x = inputs(state.params, jnp.asarray(text))
     layers, width = x.shape[0], x.shape[-1]
     ffn = program.model(state.params).blocks.ffn
-    for layer in dict.fromkeys((0, layers // 2, layers - 1)):
+    for layer in some_layers(layers):
         x_TD = x[layer].reshape(-1, width)
         x_TD = x_TD[: len(x_TD) // 4 * 4].astype(jnp.bfloat16)
         w_up, w_down = (w[...][layer].astype(jnp.bfloat16) for w in (ffn.w_up, ffn.w_down))

@@ -13,6 +13,7 @@ from s24jax.bench.shapes import Shape
 from s24jax.typing import Array, Float
 
 SYNTHETIC = "synthetic"
+_DENSITIES = 1e-7, 1 - 1e-7
 
 
 class Operands(NamedTuple):
@@ -35,18 +36,32 @@ class Case(NamedTuple):
     operands: Operands
 
 
+def some_layers(layers: int) -> list[int]:
+    """Of a model: the first, the middle and the last."""
+    return list(dict.fromkeys((0, layers // 2, layers - 1)))
+
+
 @partial(jax.jit, static_argnums=0)
-def make_operands(shape: Shape) -> Operands:
-    """Operands whose Y2 has the zeros of a trained model (`s24jax.bench.operands`).
+def make_operands(shape: Shape, density_F: Float[Array, "F"] | None = None) -> Operands:
+    """Operands whose Y2 has the zeros of a trained model.
 
     X's first column is 1, so that W_up's first column sets how often each feature is active; Y1 is
     normal, of unit variance.
+
+    Args:
+      density_F: how often each feature is active; by default as in `s24jax.bench.operands`. They
+        stand in random order.
     """
     keys = jax.random.split(jax.random.key(2), 5)
     T, D, F = shape
     x = jax.random.normal(keys[0], (T, D)).at[:, 0].set(1)
     w_up = jax.random.normal(keys[1], (F, D)) * (D - 1) ** -0.5
-    w_up = w_up.at[:, 0].set(ndtri(densities(keys[2], F)))
+    if density_F is None:
+        density_F = densities(keys[2], F)
+    else:
+        # A feature that is never active would have an infinite weight.
+        density_F = jax.random.permutation(keys[2], jnp.clip(density_F, *_DENSITIES))
+    w_up = w_up.at[:, 0].set(ndtri(density_F))
     w_down = jax.random.normal(keys[3], (F, D)) * F**-0.5
     dy3 = jax.random.normal(keys[4], (T, D))
     return Operands(*(a.astype(DTYPE) for a in (x, w_up, w_down, dy3)))

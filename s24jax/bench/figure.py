@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from s24jax.bench.model_figure import MODEL_BENCHES, model_figure
 from s24jax.bench.rates import CEILINGS, COPY, RATES
 from s24jax.bench.rows import ENVIRONMENT, Row
 from s24jax.errors import InvalidInput
@@ -66,7 +67,8 @@ def save_bench_figure(path: str | Path, rows: Sequence[Row]) -> None:
 
 @styled
 def bench_figure(rows: Sequence[Row]) -> Figure:
-    """A panel for each product of the rows' bench, with a group of bars for each shape.
+    """A panel for each product of the rows' bench, with a group of bars for each shape; of whole
+    models, see `s24jax.bench.model_figure`.
 
     Raises:
       InvalidInput: no row of a product that has a panel has a rate.
@@ -74,6 +76,8 @@ def bench_figure(rows: Sequence[Row]) -> Figure:
     timed = [row for row in rows if row["bench"] != ENVIRONMENT and row["ms"] is not None]
     bench = timed[0]["bench"] if timed else ""
     timed = [row for row in timed if row["bench"] == bench]
+    if bench in MODEL_BENCHES:
+        return model_figure(timed)
     products = [p for p in _PANELS.get(bench, ()) if any(_panel(row) == p for row in timed)]
     if not products:
         raise InvalidInput("the rows have no rate to draw; run a bench of another product")

@@ -62,24 +62,24 @@ class _Side(NamedTuple):
 def bench(
     product: str,
     configs: Sequence[ml_collections.ConfigDict],
-    tokens: int,
+    tokens: Sequence[int],
     implementations: Sequence[str],
     rounds: int,
 ) -> Iterator[list[Row]]:
-    """The rows of a product for each configuration.
+    """The rows of a product for each configuration and number of tokens.
 
     Args:
       product: of PRODUCTS.
       configs: whose sequence length and model count.
-      tokens: of a step or a prompt, in all sequences; decode continues each of them by one.
+      tokens: of a step or a prompt, in all sequences; decode continues each of them by one. Each
+        number is a batch of its own.
       implementations: some of IMPLEMENTATIONS.
       rounds: samples of each.
 
     Raises:
-      InvalidInput: `tokens` is no multiple of a sequence length.
+      InvalidInput: one of `tokens` is no multiple of a sequence length.
     """
-    for config in configs:
-        batch = batch_of(config, tokens)
+    for config, batch in [(c, batch_of(c, t)) for c in configs for t in tokens]:
         _LOG.info("%s of %s: %d x %d tokens", product, config.name, *batch)
         # A call of its own, after which nothing holds this model: the next needs its memory.
         yield _bench(product, config, batch, implementations, rounds)
@@ -90,6 +90,24 @@ def _bench(product: str, config, batch: Batch, implementations, rounds: int) -> 
     makers, peaks = _MAKERS[product](config, batch, sides)
     results = measure(makers, rounds)
     return _rows(product, config, batch, results, peaks)
+
+
+def at_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
+    """The configuration with D = `width`, F = 4 D and heads of its own width.
+
+    Raises:
+      InvalidInput: `width` is no multiple of the width of a head.
+    """
+    head = config.model.width // config.model.heads
+    if width % head:
+        raise InvalidInput(
+            f"--widths: {width} does not give whole heads of {config.name}, {head} wide; "
+            f"use {max(1, width // head) * head}"
+        )
+    config = config.copy_and_resolve_references()
+    config.model.width, config.model.hidden = width, 4 * width
+    config.model.heads = width // head
+    return config
 
 
 def batch_of(config: ml_collections.ConfigDict, tokens: int) -> Batch:
@@ -121,7 +139,7 @@ def forward_flops(product: str, config: ml_collections.ConfigDict, batch: Batch)
 
 def _side(config: ml_collections.ConfigDict, name: str) -> _Side:
     mode, implementation = IMPLEMENTATIONS[name]
-    config = ml_collections.ConfigDict(config)
+    config = config.copy_and_resolve_references()
     config.accumulate = 1
     config.model.implementation = implementation
     return _Side(make_program(config), mode)

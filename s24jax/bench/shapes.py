@@ -59,6 +59,19 @@ def _parse(text: str) -> Shape:
     return shape
 
 
+def parse_counts(flag: str, text: str) -> list[int]:
+    """The positive numbers of a flag, "N,N,...".
+
+    Raises:
+      InvalidInput: one of them is none.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdecimal() or not int(part):
+            raise InvalidInput(f"--{flag}: {part!r} is no positive number; write N,N,...")
+    return [int(part) for part in parts]
+
+
 def parse_names(flag: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     """The names of a flag, "a,b,...", in the order of `known`.
 

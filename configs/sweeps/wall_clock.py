@@ -1,0 +1,42 @@
+"""Seconds to a loss: dense by XLA, dense on our kernels, and 2:4.
+
+    python -m experiments.sweep --sweep=configs/sweeps/wall_clock.py --workdir=runs/wall_clock
+
+Two models: configs/lm_100m.py (D 768), and one of 300 million parameters that is wide instead of
+deep (6 layers, D 2048, the width of the paper's model). Each trains on 65 million tokens.
+
+Hardware: one Hopper GPU, three to eight minutes a row. Where our kernels cannot run, the rows are
+alike; the record says which implementation each op got.
+"""
+
+from configs import base, lm_100m
+from configs.sweeps import row, sweep_of
+
+SHAPES = {
+    "lm_100m": {},
+    "wide": {"layers": 6, "width": 2048, "heads": 16, "hidden": 8192},
+}
+SMALL = {"layers": 1, "width": 16, "heads": 1, "hidden": 64}  # of the smoke variant
+SIDES = {
+    "xla": {"ffn": "relu2", "implementation": "reference"},
+    "dense": {"ffn": "relu2"},
+    "2to4": {"ffn": "relu2_24"},
+}
+
+
+def get_config(mode: str = ""):
+    config = lm_100m.get_config()
+    config.steps = 1000
+    config.data.source = "python"
+    config = base.vary(base.without_extras(config), mode)
+    shapes = {name: SMALL for name in SHAPES} if mode else SHAPES
+    return sweep_of(
+        "wall_clock",
+        config,
+        *(
+            row(f"{name}_{side}", model={**shape, **changes})
+            for name, shape in shapes.items()
+            for side, changes in SIDES.items()
+        ),
+        baseline="lm_100m_xla",
+    )
