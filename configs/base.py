@@ -22,6 +22,11 @@ def get_config() -> ConfigDict:
     config.sparse24_warmup_steps = 300  # dense steps before a relu2_24 model switches to 2:4
     config.dense_twin = False  # at the switch, go on dense as well, on the same batches
 
+    config.mesh = ConfigDict()  # devices, see s24jax/mesh.py; -1 takes those that are left
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.tensor = 1
+
     config.model = ConfigDict()
     config.model.layers = 12
     config.model.width = 768

@@ -2,12 +2,12 @@
 
 import math
 
-import jax
 import numpy as np
 
 from s24jax.checkpoint import Checkpoints
 from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
+from s24jax.mesh import one_device
 from s24jax.schedules import ffn_mode
 from s24jax.train_step import Program, make_program
 from s24jax.typing import FFNMode
@@ -21,20 +21,23 @@ def bits_per_byte(loss: float) -> float:
 
 def mean_loss(program: Program, params, batches: list[np.ndarray], mode: FFNMode) -> float:
     """Mean loss over equal-sized batches, in nats per token."""
-    return float(np.mean([program.loss(params, tokens, mode=mode) for tokens in batches]))
+    losses = [program.loss(params, program.place(tokens), mode=mode) for tokens in batches]
+    return float(np.mean(losses))
 
 
 def restore_run(workdir, *, step: int | None = None) -> tuple:
     """A finished or interrupted run's config, program, state and that state's own mode.
+
+    On one device, whatever the run had: a forward pass is the same on any mesh.
 
     Raises:
       InvalidInput: no run or no such checkpoint in `workdir`.
       BrokenEnvironment: the checkpoint cannot be read.
     """
     config = read_config(workdir)
-    program = make_program(config)
+    program = make_program(config, one_device())
     checkpoints = Checkpoints(workdir, read_only=True)
-    step, state, _ = checkpoints.restore(jax.eval_shape(program.init), step=step)
+    step, state, _ = checkpoints.restore(program.state, step=step)
     checkpoints.close()
     return config, program, state, ffn_mode(step, config)
 

@@ -25,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from s24jax.activation import relu2, relu2_gradient
 from s24jax.compressed import Compressed24
 from s24jax.errors import InvalidInput
+from s24jax.mesh import vary_alike
 from s24jax.numerics import dot
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import matmul24
@@ -75,6 +76,7 @@ def ffn24(
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     tokens = x_TD.shape[0]
     x_TD = jnp.pad(x_TD, ((0, -tokens % 4), (0, 0)))
+    x_TD, w_up, w_down = vary_alike(x_TD, w_up, w_down)
     y3_TD = _ffn24(recipe, implementation, x_TD, w_up, w_down)
     return y3_TD[:tokens].reshape(x.shape)
 

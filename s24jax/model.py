@@ -16,6 +16,7 @@ from flax import nnx
 from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
+from s24jax.mesh import GATHERED, gather, in_parts, tensor_sum
 from s24jax.ops import dispatch
 from s24jax.ops.relu2_ffn import SAVED_HIDDEN, relu2_ffn
 from s24jax.recipe import Recipe
@@ -27,6 +28,7 @@ REMAT_POLICIES = {
     "full": None,
     "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2, SAVED_HIDDEN),
 }
+ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 
 class FFN(nnx.Module):
@@ -169,7 +171,7 @@ class Block(nnx.Module):
         attended, past = self.attention(self.attention_norm(x_BLD), past)
         x_BLD = x_BLD + attended
         h_BLD = self.ffn_norm(x_BLD)
-        return x_BLD + self.ffn(h_BLD, mode), h_BLD, past
+        return x_BLD + tensor_sum(self.ffn(h_BLD, mode)), h_BLD, past
 
 
 class Transformer(nnx.Module):
@@ -221,12 +223,14 @@ class Transformer(nnx.Module):
         graph, layers = nnx.split(self.blocks)
 
         def layer(x_BLD, params):
-            block = nnx.merge(graph, params)
+            block = nnx.merge(graph, gather(params, self.dtype, of_one_layer=True))
             x_BLD, h_BLD, _ = block(x_BLD, mode=mode)
             return x_BLD, None if observe is None else observe(block.ffn, h_BLD)
 
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
+        elif in_parts(layers):
+            layer = jax.checkpoint(layer, policy=ALL_BUT_WEIGHTS)
         x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers)
         logits_BLV = self._unembed(x_BLD)
         return logits_BLV if observe is None else (logits_BLV, observed)

@@ -142,7 +142,7 @@ class _Run:
         if mode != ffn_mode(step - 1, self.config):
             self._switch(step, mode)
         started = time.perf_counter()
-        tokens = next(self.iterator)
+        tokens = self.program.place(next(self.iterator))
         for name, state in self.states.items():
             own_mode = mode if name == "main" else "dense"
             first = self.meter.is_first((name, own_mode))
@@ -215,7 +215,9 @@ class _Run:
         if self.config.model.ffn not in SQUARED_RELU:
             return
         for name, state in self.states.items():
-            observed = jax.device_get(self.program.probe(state.params, self.validation[0]))
+            observed = jax.device_get(
+                self.program.probe(state.params, self.program.place(self.validation[0]))
+            )
             self.writer.write("sparsity", run=name, step=step, **observed)
             if name == "main":
                 self.zero_share = float(observed["zero_share"].mean())

@@ -12,9 +12,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from s24jax.model import Transformer
+from s24jax.mesh import (
+    SEQUENCES,
+    TENSOR,
+    check_model,
+    gather,
+    make_mesh,
+    mean_gradients,
+    mean_over_devices,
+    on_mesh,
+    shardings,
+    specs,
+)
+from s24jax.model import Transformer, check_hidden
 from s24jax.optimizer import make_optimizer
+from s24jax.recipe import Recipe
 from s24jax.schedules import ffn_mode, learning_rate_schedule
 from s24jax.sparsity_metrics import SQUARED_RELU, observe_ffn
 from s24jax.typing import Array, FFNMode, Float, Int
@@ -43,18 +58,22 @@ class Program(NamedTuple):
     """The compiled functions of one configuration.
 
     Attributes:
+      state: shapes, types and places of a TrainState.
       init: () -> TrainState.
       train_step: (state, tokens [B, L+1], mode=) -> (state, metrics); donates `state`.
       loss: (params, tokens [B, L+1], mode=) -> mean loss in nats per token.
       probe: (params, tokens [B, L+1]) -> sparsity metrics, each [layers].
       model: (params) -> Transformer.
+      place: tokens [B, L+1] -> the same on the devices, each of which has its sequences.
     """
 
+    state: Any
     init: Any
     train_step: Any
     loss: Any
     probe: Any
     model: Any
+    place: Any
 
 
 def token_loss(model: Transformer, tokens: Int[Array, "B L1"], mode: FFNMode) -> Float[Array, ""]:
@@ -63,14 +82,27 @@ def token_loss(model: Transformer, tokens: Int[Array, "B L1"], mode: FFNMode) ->
     return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens[:, 1:]).mean()
 
 
-def make_program(config) -> Program:
-    """Builds the functions; nothing is compiled or put on a device before they are called."""
+def make_program(config, mesh: Mesh | None = None) -> Program:
+    """Builds the functions; nothing is compiled or put on a device before they are called.
+
+    Args:
+      config: a whole configuration.
+      mesh: where they run; by default the configuration's own.
+
+    Raises:
+      InvalidInput: the model's sizes cannot work, or do not fit the devices.
+    """
+    mesh = make_mesh(config.mesh) if mesh is None else mesh
+    check_model(mesh.shape, config.model, config.batch_size // max(1, config.accumulate))
+    if config.model.ffn in SQUARED_RELU:
+        check_hidden(config.model.hidden // mesh.shape[TENSOR], Recipe(**config.model.recipe))
     optimizer = make_optimizer(config.optimizer, config.steps)
     learning_rate = learning_rate_schedule(config.optimizer, config.steps)
     graph, _ = nnx.split(nnx.eval_shape(lambda: _new_model(config)))
+    dtype = jnp.dtype(config.model.dtype)
 
     def model(params) -> Transformer:
-        return nnx.merge(graph, params)
+        return nnx.merge(graph, gather(params, dtype))
 
     def loss(params, tokens, mode):
         return token_loss(model(params), tokens, mode)
@@ -80,7 +112,7 @@ def make_program(config) -> Program:
         rng = jax.random.key_data(jax.random.key(config.seed))
         return TrainState(jnp.int32(0), params, optimizer.init(params), rng)
 
-    def train_step(state, tokens, mode):
+    def loss_and_grads(params, tokens, mode):
         def grads_of(params, tokens):
             return jax.value_and_grad(loss)(params, tokens, mode)
 
@@ -88,9 +120,14 @@ def make_program(config) -> Program:
             grads_of = optax.microbatching.microbatch(
                 grads_of,
                 argnums=1,
-                microbatch_size=config.batch_size // config.accumulate,
+                microbatch_size=tokens.shape[0] // config.accumulate,
                 accumulator=optax.microbatching.AccumulationType.MEAN,
             )
+        return mean_gradients(grads_of, params, tokens)
+
+    def train_step(state, tokens, mode):
+        results = P(), specs(state.params)
+        grads_of = on_mesh(mesh, partial(loss_and_grads, mode=mode), state.params, results)
         value, grads = grads_of(state.params, tokens)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         metrics = {
@@ -101,16 +138,38 @@ def make_program(config) -> Program:
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, opt_state, state.rng), metrics
 
-    def probe(params, tokens):
-        _, observed = model(params)(tokens[:, :-1], observe=observe_ffn)
-        return observed
+    def mean_loss(params, tokens, mode):
+        def local(params, tokens):
+            return mean_over_devices(loss(params, tokens, mode))
 
+        return on_mesh(mesh, local, params, P())(params, tokens)
+
+    def probe(params, tokens):
+        def local(params, tokens):
+            _, observed = model(params)(tokens[:, :-1], observe=observe_ffn)
+            return mean_over_devices(observed)
+
+        return on_mesh(mesh, local, params, P())(params, tokens)
+
+    shapes = jax.eval_shape(init)
+    placed = shardings(mesh, shapes)
     return Program(
-        init=jax.jit(init),
-        train_step=jax.jit(train_step, static_argnames="mode", donate_argnums=0),
-        loss=jax.jit(loss, static_argnames="mode"),
+        state=jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            shapes,
+            placed,
+        ),
+        init=jax.jit(init, out_shardings=placed),
+        train_step=jax.jit(
+            train_step,
+            static_argnames="mode",
+            donate_argnums=0,
+            out_shardings=(placed, None),
+        ),
+        loss=jax.jit(mean_loss, static_argnames="mode"),
         probe=jax.jit(probe),
         model=model,
+        place=partial(jax.device_put, device=NamedSharding(mesh, SEQUENCES)),
     )
 
 
@@ -123,7 +182,7 @@ def trace(program: Program, config) -> None:
     """
     shape = (config.batch_size, config.sequence_length + 1)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
-    state = jax.eval_shape(program.init)
+    state = program.state
     for mode in dict.fromkeys((ffn_mode(1, config), ffn_mode(config.steps, config))):
         jax.eval_shape(partial(program.train_step, mode=mode), state, tokens)
     if config.model.ffn in SQUARED_RELU:

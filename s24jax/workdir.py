@@ -66,7 +66,11 @@ def check_owner(workdir, config, data: dict) -> pathlib.Path:
                 "be told; use another --workdir"
             )
         return workdir
-    key, there, here = first_difference(record["config"], config.to_dict())
+    # A run may go on with another number of devices.
+    configs = [
+        {k: v for k, v in c.items() if k != "mesh"} for c in (record["config"], config.to_dict())
+    ]
+    key, there, here = first_difference(*configs)
     if key:
         raise InvalidInput(
             f"{workdir} belongs to another config: {key} is {there!r} there, {here!r} "

@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 # purpose. An exact name goes before a pattern.
 FLOORS = [
     ["s24jax.errors", "s24jax.typing"],
-    ["s24jax.numerics"],
+    ["s24jax.mesh", "s24jax.numerics"],
     ["s24jax.activation", "s24jax.prune24", "s24jax.token_groups"],
     ["s24jax.compressed", "s24jax.feature_split"],
     ["s24jax.recipe"],

@@ -151,7 +151,8 @@ def test_what_a_workdir_holds(straight):
     assert plots == {"loss.png", "zero_share.png", "dropped_share.png", "gap.png"}
     assert "def " in (workdir / "samples.txt").read_text()
     record = json.loads((workdir / "run.json").read_text())
-    assert {c["op"] for c in record["implementations"]} >= {"sparsify24", "matmul24", "attention"}
+    ops = {"attention", "relu2_ffn", "matmul_sparsify24", "matmul24", "split_matmul24"}
+    assert {c["op"] for c in record["implementations"]} >= ops
     assert record["data"]["windows"]["train"] > 0
     validation = losses(workdir, kind="validation")
     assert summary["validation_loss"] == validation[6]

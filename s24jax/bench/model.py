@@ -26,6 +26,7 @@ from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, measure, peak_bytes
 from s24jax.errors import InvalidInput
+from s24jax.mesh import one_device
 from s24jax.train_step import Program, make_program
 from s24jax.typing import Array, FFNMode, Int
 
@@ -142,7 +143,7 @@ def _side(config: ml_collections.ConfigDict, name: str) -> _Side:
     config = config.copy_and_resolve_references()
     config.accumulate = 1
     config.model.implementation = implementation
-    return _Side(make_program(config), mode)
+    return _Side(make_program(config, one_device()), mode)
 
 
 def _random_tokens(config, batch: Batch, *, more: int = 0) -> Int[Array, "B L"]:

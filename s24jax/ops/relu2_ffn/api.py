@@ -3,6 +3,7 @@
 import math
 
 from s24jax.errors import InvalidInput
+from s24jax.mesh import vary_alike
 from s24jax.ops import dispatch
 from s24jax.ops.relu2_ffn import cuda, reference
 from s24jax.typing import Array, Float, Implementation
@@ -37,7 +38,7 @@ def relu2_ffn(
     check_operands("relu2_ffn", x, w_up, w_down)
     x_TD = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     candidate = dispatch.resolve("relu2_ffn", implementation, CANDIDATES, x_TD, w_up, w_down)
-    return candidate.run(x_TD, w_up, w_down).reshape(x.shape)
+    return candidate.run(*vary_alike(x_TD, w_up, w_down)).reshape(x.shape)
 
 
 def check_operands(op: str, x: Array, w_up: Array, w_down: Array) -> None:

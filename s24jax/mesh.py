@@ -1,0 +1,235 @@
+"""Many devices: the mesh, which part of what each device holds, and the sums between them.
+
+    data      copies of the model; each takes its own sequences
+    fsdp      the same, but every weight is cut along D, and gathered for the layer that needs it
+    tensor    FFN weights are cut along F; every device of a group takes the same sequences
+
+A step runs in `jax.shard_map`: each device computes on its own sequences and its own features, and
+all that passes between devices is written down here:
+
+    gather       the weights of a layer over fsdp; in the backward pass its transpose, a sum of the
+                 gradients of which each device keeps its part
+    tensor sum   Y3 over tensor in the FFN; in the backward pass dX
+    gradients    over data, once a step, and over fsdp of what is not cut
+
+Attention is the same on all devices of a tensor group. jax's types of values that vary over an axis
+(`varying(x)`) put the sums of the backward pass in their places.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from s24jax.errors import InvalidInput
+from s24jax.typing import Array
+
+AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
+BATCH = DATA, FSDP
+"""The axes over which sequences are dealt out."""
+SEQUENCES = P(BATCH)
+STACKED = "blocks"
+"""Where in a model's parameters the layers are, stacked along their first axis."""
+GATHERED = "gathered_weights"
+"""`checkpoint_name` of weights that the backward pass gathers anew."""
+
+# By the end of a parameter's path; the optimizer's moments have the same paths. What has no rule,
+# scales and counters, is whole on every device.
+_RULES: Mapping[tuple[str, ...], P] = {
+    ("w_up",): P(None, TENSOR, FSDP),  # layers, F, D
+    ("w_gate",): P(None, TENSOR, FSDP),
+    ("w_down",): P(None, TENSOR, FSDP),
+    ("qkv", "kernel"): P(None, FSDP),  # layers, D, 3 D
+    ("out", "kernel"): P(None, None, FSDP),  # layers, H * C, D
+    ("embedding", "embedding"): P(None, FSDP),  # V, D
+    ("unembedding", "kernel"): P(FSDP),  # D, V
+}
+
+
+def make_mesh(sizes, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a configuration.
+
+    Args:
+      sizes: a mapping, of each of `AXES`; -1, for one of them, takes the devices that are left.
+      devices: by default all.
+
+    Raises:
+      InvalidInput: the sizes do not fit the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = [sizes[axis] for axis in AXES]
+    written = ", ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
+        raise InvalidInput(f"mesh ({written}): sizes are 1 or more, or -1 for one of them")
+    fixed = int(np.prod([size for size in shape if size != -1]))
+    if -1 in shape and len(devices) % fixed == 0:
+        shape[shape.index(-1)] = len(devices) // fixed
+    if int(np.prod(shape)) != len(devices):
+        mend = "use -1 for one axis to fill it" if -1 not in shape else "make them divide it"
+        raise InvalidInput(f"mesh ({written}) does not fit {len(devices)} devices; {mend}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def one_device() -> Mesh:
+    """The mesh of the first device alone."""
+    return make_mesh(dict.fromkeys(AXES, 1), jax.devices()[:1])
+
+
+def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
+    """Raises InvalidInput where a model's sizes or a batch cannot be cut into the mesh's parts.
+
+    Args:
+      sizes: of the mesh.
+      model: width, hidden, ffn and recipe of a configuration.
+      batch_size: sequences of a microbatch.
+    """
+    shards = sizes[DATA] * sizes[FSDP]
+    if batch_size % shards:
+        raise InvalidInput(
+            f"{batch_size} sequences at a time do not split over {shards} devices (mesh.data * "
+            f"mesh.fsdp); make batch_size / accumulate a multiple"
+        )
+    if model.width % sizes[FSDP]:
+        raise InvalidInput(
+            f"model.width={model.width} does not split into mesh.fsdp={sizes[FSDP]} equal parts"
+            "; make it a multiple"
+        )
+    if sizes[TENSOR] > 1 and model.hidden % (4 * sizes[TENSOR]):
+        raise InvalidInput(
+            f"model.hidden={model.hidden} does not split into mesh.tensor={sizes[TENSOR]} parts "
+            f"of a multiple of 4; use a multiple of {4 * sizes[TENSOR]}"
+        )
+
+
+def specs(tree: Any) -> Any:
+    """The `PartitionSpec` of each leaf of a tree of parameters or of a train state."""
+    return jax.tree_util.tree_map_with_path(_spec, tree)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """`specs`, on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def on_mesh(mesh: Mesh, function: Callable, params: Any, results: Any) -> Callable:
+    """`function(params, tokens)` on every device, with its part of both.
+
+    On one device it is the function itself.
+
+    Args:
+      params: whose `specs` tell the parts.
+      results: the specs of what the function returns; P() is what is the same on all devices.
+    """
+    if mesh.size == 1:
+        return function
+    operands = specs(params), SEQUENCES
+    return jax.shard_map(function, mesh=mesh, in_specs=operands, out_specs=results)
+
+
+def mean_gradients(grads_of: Callable, params: Any, tokens: Array) -> tuple[Array, Any]:
+    """Loss and gradients of the mean over all devices' sequences, from each device's own.
+
+    Args:
+      grads_of: (params, tokens) -> loss and gradients, where every device computes its own.
+      params: of which each device has its part.
+    """
+    sequences = tuple(axis for axis in BATCH if axis in varying(tokens))
+    if not sequences:
+        return grads_of(params, tokens)
+
+    def whole_on(leaf) -> tuple[str, ...]:
+        return tuple(axis for axis in sequences if axis not in varying(leaf))
+
+    # So marked, a gradient is a device's own until it is summed here, once.
+    own = jax.tree.map(lambda leaf: vary(leaf, whole_on(leaf)), params)
+    value, grads = grads_of(own, tokens)
+    devices = math.prod(jax.lax.axis_size(axis) for axis in sequences)
+
+    def mean(leaf, grad):
+        axes = whole_on(leaf)
+        return (jax.lax.psum(grad, axes) if axes else grad) / devices
+
+    return jax.lax.pmean(value, sequences), jax.tree.map(mean, params, grads)
+
+
+def gather(params: Any, dtype, *, of_one_layer: bool = False) -> Any:
+    """Whole weights, but for the cut along F, from each device's part of them.
+
+    They are rounded to `dtype`, in which they are multiplied, before they travel; so are their
+    gradients on the way back. Outside `shard_map` it does nothing.
+
+    Args:
+      of_one_layer: `params` are one of the stacked layers, without the axis of layers; otherwise a
+        whole model's, whose stacked layers stay in parts.
+    """
+
+    def whole(path, leaf):
+        if _name(path[0]) == STACKED or FSDP not in varying(leaf):
+            return leaf
+        spec = tuple(_spec(path, leaf))[1 if of_one_layer else 0 :]
+        if FSDP not in spec:
+            return leaf
+        part = leaf.astype(dtype)
+        gathered = jax.lax.all_gather(part, FSDP, axis=spec.index(FSDP), tiled=True)
+        return checkpoint_name(gathered, GATHERED)
+
+    return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def in_parts(tree: Any) -> bool:
+    """Whether some leaf is a device's part, cut along D: inside `shard_map`."""
+    return any(FSDP in varying(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def tensor_sum(array: Array) -> Array:
+    """The sum of what the devices of a tensor group computed, where they differ."""
+    return jax.lax.psum(array, TENSOR) if TENSOR in varying(array) else array
+
+
+def mean_over_devices(tree: Any) -> Any:
+    """The mean of each leaf over the devices on which it differs."""
+
+    def mean(leaf):
+        axes = tuple(varying(leaf))
+        return jax.lax.pmean(leaf, axes) if axes else leaf
+
+    return jax.tree.map(mean, tree)
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays, each marked as varying over every mesh axis over which one of them varies.
+
+    A `custom_vjp` needs it: its gradient of one operand varies as the others do. The transpose is
+    the sum over the axes that were added. Outside `shard_map` it does nothing.
+    """
+    axes = [varying(array) for array in arrays]
+    union = frozenset().union(*axes)
+    return tuple(vary(a, union - own) for a, own in zip(arrays, axes, strict=True))
+
+
+def varying(array: Array) -> frozenset[str]:
+    """The mesh axes over which an array may differ, by its type; none outside `shard_map`."""
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def vary(array: Array, axes) -> Array:
+    """The array, marked as varying over further axes."""
+    return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+
+
+def _spec(path, leaf) -> P:
+    names = tuple(_name(key) for key in path)
+    for rule, spec in _RULES.items():
+        # A parameter's path ends, in flax, on the key of its value.
+        if names[-len(rule) :] == rule or names[-len(rule) - 1 : -1] == rule:
+            return spec
+    return P()
+
+
+def _name(key) -> str:
+    return str(getattr(key, "key", getattr(key, "name", key)))

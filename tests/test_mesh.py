@@ -1,0 +1,211 @@
+"""Many devices: eight simulated ones against a single one that applies the recipe part by part."""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from mesh_cases import CASES, config_of
+
+from configs import lm_100m
+from s24jax import mesh as meshes
+from s24jax.errors import InvalidInput
+from s24jax.mesh import check_model, make_mesh, specs, vary_alike, varying
+from s24jax.train_step import make_program
+from s24jax.writer import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.cpu_only
+NAMES = [f"{name} {mesh}" for name, (_, _, found) in CASES.items() for mesh in found]
+
+
+def eight_devices(*command, **environment) -> subprocess.CompletedProcess:
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=800,
+    )
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mesh") / "results.json"
+    finished = eight_devices("tests/mesh_worker.py", path)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mesh_computes_what_one_device_finds_part_by_part(results, name):
+    found = results["cases"][name]
+    mesh, oracle = found["mesh"], found["oracle"]
+    assert found["start"] == 0
+    assert mesh["loss"] == pytest.approx(oracle["loss"], rel=1e-6)
+    assert mesh["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
+    assert mesh["validation"] == pytest.approx(oracle["validation"], rel=1e-6)
+    assert found["moved"] > 1e-3
+    # Adam divides by the gradient's own size: where it is next to nothing, rounding shows.
+    assert found["moved_apart"] < 1e-4
+    if not name.startswith("swiglu"):  # whose probe is nothing that a run asks for
+        assert 0.4 < mesh["probe"] < 0.6
+
+
+@pytest.mark.parametrize("mesh", CASES["token-wise"][2])
+def test_without_feature_wise_pruning_a_mesh_computes_what_one_device_does(results, mesh):
+    """Groups of features lie in one part of F, so that nothing depends on the parts."""
+    found, plain = results["cases"][f"token-wise {mesh}"]["mesh"], results["plain"]
+    assert found["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+    assert found["validation"] == pytest.approx(plain["validation"], rel=1e-6)
+
+
+def test_every_weight_is_cut(results):
+    """Two parts along D, and of the FFN's two along F; scales are whole."""
+    for path, pieces in results["cases"]["full recipe (2, 2, 2)"]["mesh"]["pieces"].items():
+        expected = 1 if "scale" in path else 4 if "w_" in path else 2
+        assert pieces == expected, path
+
+
+def test_2to4_exchanges_what_dense_training_does(results):
+    """No tokens are gathered: of D 16, F 64, 2 sequences of 12 tokens a device."""
+    dense, sparse = (results["collectives"][mode] for mode in ("dense", "sparse24"))
+    assert sparse == dense
+    kinds = {kind: {} for kind in ("all-gather", "reduce-scatter", "all-reduce")}
+    for written, count in sparse.items():
+        kind, shape = written.split()
+        kinds[kind][tuple(map(int, re.findall(r"\d+", shape.partition("[")[2])))] = count
+    weights = {(16, 48): 1, (16, 16): 1, (32, 16): 2, (16, 256): 1, (256, 16): 1}
+    assert kinds["all-gather"] == weights
+    # Each weight's gradient returns to where its part lies.
+    parts = {(8, 48): 1, (16, 8): 1, (32, 8): 2, (8, 256): 1, (256, 8): 1}
+    assert kinds["reduce-scatter"] == parts
+    # What is summed over the tensor group: Y3 and dX; the rest has no axis of tokens.
+    assert {s for s in kinds["all-reduce"] if 12 in s or 24 in s} == {(2, 12, 16), (24, 16)}
+
+
+def test_every_parameter_has_a_rule_or_is_small():
+    for ffn in ("relu2_24", "swiglu"):
+        config = lm_100m.get_config()
+        config.model.ffn = ffn
+        state = make_program(config).state
+        parts = jax.tree_util.tree_leaves_with_path(specs(state))
+        for (path, spec), leaf in zip(parts, jax.tree.leaves(state), strict=True):
+            if leaf.size > 12 * 768:
+                assert meshes.FSDP in spec, path
+                assert (meshes.TENSOR in spec) == ("w_" in jax.tree_util.keystr(path)), path
+            else:
+                assert not any(spec), path
+
+
+def train(workdir, devices: str):
+    """A run of six steps whose result does not depend on the mesh, on as many devices."""
+    sizes = {"1": "--config.mesh.data=1", "8": "--config.mesh.fsdp=4"}  # data 2 beside it
+    flags = {} if devices == "8" else {"XLA_FLAGS": ""}
+    finished = eight_devices(
+        "-m",
+        "experiments.train",
+        "--config=configs/lm_100m.py:smoke",
+        f"--workdir={workdir}",
+        sizes[devices],
+        "--config.batch_size=8",
+        "--config.model.recipe.feature_wise=False",
+        **flags,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+@pytest.mark.parametrize("first, second", [("1", "8"), ("8", "1")])
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path, first, second):
+    """As if it was killed after the checkpoint of step 3: the rest is as on the first devices."""
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train(straight, first)
+    shutil.copytree(straight, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "6")
+    (resumed / "summary.json").unlink()
+    train(resumed, second)
+    for kind, keys in (("train", ("loss", "grad_norm")), ("validation", ("loss", "loss_dense"))):
+        there, here = (
+            [[r[key] for key in keys] for r in read_metrics(folder) if r["kind"] == kind]
+            for folder in (straight, resumed)
+        )
+        assert len(here) == {"train": 6, "validation": 2}[kind]
+        for a, b in zip(here, there, strict=True):
+            assert a == pytest.approx(b, rel=2e-6), kind
+    assert (resumed / "checkpoints" / "6").exists()
+
+
+def test_a_run_is_evaluated_and_sampled_on_any_number_of_devices(tmp_path):
+    train(tmp_path / "run", "8")
+    found = set()
+    for flags in ({}, {"XLA_FLAGS": ""}):
+        for command, *more in (["evaluate"], ["sample", "--prompt=def", "--tokens=8"]):
+            arguments = [f"--workdir={tmp_path}/run", *more]
+            finished = eight_devices("-m", f"experiments.{command}", *arguments, **flags)
+            assert finished.returncode == 0, finished.stderr
+            found.add(finished.stdout)
+    assert len(found) == 2
+
+
+def test_outside_a_mesh_nothing_varies():
+    x, y = jnp.ones(3), jnp.zeros((2, 2))
+    assert not varying(x)
+    assert [a is b for a, b in zip(vary_alike(x, y), (x, y), strict=True)] == [True, True]
+    assert not meshes.in_parts({"a": x})
+    assert meshes.tensor_sum(x) is x
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+def sizes(data, fsdp, tensor):
+    return {"data": data, "fsdp": fsdp, "tensor": tensor}
+
+
+def test_sizes_of_one_device():
+    for shape in ((-1, 1, 1), (1, -1, 1), (1, 1, 1)):
+        assert dict(make_mesh(sizes(*shape)).shape) == sizes(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "shape, words",
+    [
+        ((2, 1, 1), "mesh (data 2, fsdp 1, tensor 1) does not fit 1 devices; use -1 for one axis"),
+        ((-1, 3, 1), "mesh (data -1, fsdp 3, tensor 1) does not fit 1 devices; make them divide"),
+        ((-1, -1, 1), "mesh (data -1, fsdp -1, tensor 1): sizes are 1 or more, or -1 for one"),
+        ((0, 1, 1), "mesh (data 0, fsdp 1, tensor 1): sizes are 1 or more, or -1 for one of them"),
+    ],
+)
+def test_sizes_that_do_not_fit(shape, words):
+    with pytest.raises(InvalidInput) as error:
+        make_mesh(sizes(*shape))
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shape, changes, words",
+    [
+        ((2, 2, 1), {"batch_size": 6}, "6 sequences at a time do not split over 4 devices"),
+        ((1, 3, 1), {"batch_size": 9}, "model.width=16 does not split into mesh.fsdp=3 equal"),
+        (
+            (1, 1, 8),
+            {"model.hidden": 48},
+            "model.hidden=48 does not split into mesh.tensor=8 parts",
+        ),
+    ],
+)
+def test_models_that_do_not_fit(shape, changes, words):
+    config = config_of((1, 1, 1), changes)
+    with pytest.raises(InvalidInput) as error:
+        check_model(sizes(*shape), config.model, config.batch_size)
+    assert str(error.value).startswith(words) and "\n" not in str(error.value)
