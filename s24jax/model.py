@@ -265,8 +265,13 @@ class Transformer(nnx.Module):
         return self._unembed(x_BLD[:, -1:])[:, 0], cache
 
     def _embed(self, tokens_BL):
+        # In float32, for the way back: a row's gradient is the sum over all tokens that are this row,
+        # and where a few kinds make up the text, as bytes do, a bfloat16 sum loses most of its terms
+        # and costs a GPU, which has no atomic addition of them, as much as the rest of the step.
+        table_VD = self.embedding.embedding[...].astype(jnp.float32)
+        x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(self.dtype)
         # The table's rows have length about 1; the residual stream starts at 1 a channel.
-        return self.embedding(tokens_BL) * jnp.asarray(self.config.width**0.5, self.dtype)
+        return x_BLD * jnp.asarray(self.config.width**0.5, self.dtype)
 
     def _unembed(self, x_BLD):
         x_BLD = self.norm(x_BLD)

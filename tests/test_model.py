@@ -797,6 +797,17 @@ def test_bfloat16(mode):
     assert_near(last, logits[:, -1], bound=0.02)
 
 
+def test_gradients_of_frequent_tokens_are_summed_in_float32():
+    """A sum of ones in bfloat16 stops at 256."""
+    p = program(dtype="bfloat16", tie_embedding=False)
+    often = jnp.zeros((4, 1000), jnp.int32)
+    grads = jax.grad(lambda params: p.model(params)._embed(often).astype(jnp.float32).sum())(
+        p.params
+    )
+    row = grads["embedding"]["embedding"][...][0]
+    np.testing.assert_allclose(row, often.size * math.sqrt(SIZES["width"]), rtol=0.01)
+
+
 def test_the_configuration_is_copied_and_locked():
     config = settings()
     model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(params=0)))
