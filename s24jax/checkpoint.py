@@ -1,11 +1,13 @@
 """Checkpoints of a run: train state, dense twin, data iterator (orbax). The one user of orbax."""
 
+import json
 import pathlib
 from typing import Any, NamedTuple
 
-import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import preservation_policy as preservation
 
 from s24jax.errors import BrokenEnvironment, InvalidInput
@@ -39,7 +41,7 @@ class Checkpoints:
             "description": ocp.JsonCheckpointHandler(),
             "state": ocp.StandardCheckpointHandler(),
             "twin": ocp.StandardCheckpointHandler(),
-            "data": grain.checkpoint.CheckpointHandler(),
+            "data": ocp.JsonCheckpointHandler(),
         }
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
@@ -74,7 +76,7 @@ class Checkpoints:
         items = {
             "description": ocp.args.JsonSave({"leaves": _leaves(state)}),
             "state": ocp.args.StandardSave(state),
-            "data": grain.checkpoint.CheckpointSave(iterator),
+            "data": ocp.args.JsonSave({"states": _states(iterator)}),
         }
         if twin is not None:
             items["twin"] = ocp.args.StandardSave(twin)
@@ -116,16 +118,30 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         items = {"state": ocp.args.StandardRestore(abstract)}
         if iterator is not None:
-            items["data"] = grain.checkpoint.CheckpointRestore(iterator)
+            items["data"] = ocp.args.JsonRestore()
             if (self.folder / str(step) / "twin").exists():
                 items["twin"] = ocp.args.StandardRestore(abstract)
         restored = self._read(step, **items)
+        if iterator is not None:
+            iterator.set_state(self._own_state(step, restored["data"]["states"]))
         return Restored(step, restored["state"], restored.get("twin"))
 
     def close(self) -> None:
         """Waits for a save that is under way and releases what the manager holds."""
         self.wait()
         self._manager.close()
+
+    def _own_state(self, step: int, states: list):
+        """This process's data state, of those that the processes had when they saved."""
+        if len(states) == jax.process_count():
+            return states[jax.process_index()]
+        # Of packed windows all processes have read equally many, and stand at the same place.
+        if all(state == states[0] for state in states):
+            return states[0]
+        raise InvalidInput(
+            f"checkpoint {self.folder / str(step)} was saved by {len(states)} processes, each at a "
+            f"place of its own in its documents; resume with as many, not {jax.process_count()}"
+        )
 
     def _check_leaves(self, step: int, like) -> None:
         """A checkpoint of another model is a mistake of the user's, and told apart from damage."""
@@ -164,6 +180,19 @@ class Checkpoints:
 
 def _validation_loss(metrics: dict[str, float]) -> float:
     return metrics["validation_loss"]
+
+
+def _states(iterator) -> list:
+    """The data state of each process."""
+    own = np.frombuffer(json.dumps(iterator.get_state()).encode(), np.uint8)
+    if jax.process_count() == 1:
+        return [iterator.get_state()]
+    lengths = multihost_utils.process_allgather(np.array(own.size))
+    padded = np.pad(own, (0, int(lengths.max()) - own.size))
+    texts = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(text[:length].tobytes()) for text, length in zip(texts, lengths, strict=True)
+    ]
 
 
 def _leaves(tree) -> dict[str, str]:

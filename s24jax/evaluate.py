@@ -20,7 +20,7 @@ def bits_per_byte(loss: float) -> float:
 
 
 def mean_loss(program: Program, params, batches: list[np.ndarray], mode: FFNMode) -> float:
-    """Mean loss over equal-sized batches, in nats per token."""
+    """Mean loss over equal-sized batches, of which each process has its part; nats per token."""
     losses = [program.loss(params, program.place(tokens), mode=mode) for tokens in batches]
     return float(np.mean(losses))
 

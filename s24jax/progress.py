@@ -1,5 +1,6 @@
 """How far a run is: a bar on a terminal, plain lines in a log."""
 
+import io
 import sys
 import time
 
@@ -18,14 +19,15 @@ class Progress:
     Args:
       total_steps: the step at which the run ends.
       start_step: the step at which it starts, other than 0 in a resumed run.
+      quiet: shows nothing.
 
     Raises (all methods):
       BrokenEnvironment: stderr is a file on a full disk.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0):
+    def __init__(self, total_steps: int, start_step: int = 0, *, quiet: bool = False):
         self._total, self._start = total_steps, start_step
-        self._stream = sys.stderr
+        self._stream = io.StringIO() if quiet else sys.stderr
         self._started = time.monotonic()
         self._next_line, self._next_step = self._started, start_step
         self._bar = None

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from s24jax import data, plots, sample
+from s24jax import data, distributed, plots, sample
 from s24jax.checkpoint import Checkpoints
 from s24jax.errors import Diverged, InvalidInput
 from s24jax.evaluate import bits_per_byte, mean_loss
@@ -23,7 +23,7 @@ from s24jax.summary import summarize
 from s24jax.train_step import TrainState, make_program, trace
 from s24jax.typing import FFNMode
 from s24jax.workdir import check_owner, claim, record_implementations
-from s24jax.writer import MetricWriter, read_json, read_metrics, write_bytes, write_json
+from s24jax.writer import MetricWriter, NoWriter, read_json, read_metrics, write_bytes, write_json
 
 
 def train(config, workdir) -> dict | None:
@@ -42,22 +42,37 @@ def train(config, workdir) -> dict | None:
       Diverged: the loss is not finite.
     """
     check(config)
-    corpus = data.prepare(config.data, sequence_length=config.sequence_length)
+    corpus = distributed.first_alone(
+        lambda: data.prepare(config.data, sequence_length=config.sequence_length), "corpus"
+    )
     workdir = check_owner(workdir, config, corpus.description)
     if (workdir / "summary.json").exists():
         return read_json(workdir / "summary.json")
     program = make_program(config)
     trace(program, config)
-    iterator = data.train_iterator(corpus, batch_size=config.batch_size, seed=config.seed)
+    iterator = data.train_iterator(
+        corpus,
+        batch_size=config.batch_size // jax.process_count(),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
     validation = data.validation_batches(
         corpus, batch_size=config.batch_size, num_batches=config.validation_batches
     )
+    validation = [distributed.own_rows(batch) for batch in validation]
     # All that can be wrong with the configuration is known by now.
-    claim(workdir, config, corpus.description)
+    distributed.first_alone(lambda: claim(workdir, config, corpus.description), "workdir")
     with _Run(config, workdir, program, iterator, validation) as run:
         for step in range(run.step + 1, config.steps + 1):
-            run.advance(step)
-            run.after_step(step)
+            try:
+                run.advance(step)
+                run.after_step(step)
+            except jax.errors.JaxRuntimeError as error:
+                if jax.process_count() > 1:
+                    raise distributed.lost_the_others(error, step - 1) from error
+                raise
+            run.stop_requested |= distributed.stop_requested(step)
             if run.stop_requested and step < config.steps:
                 run.stop(step)
                 return None
@@ -102,18 +117,18 @@ class _Run:
         self.checkpoints = Checkpoints(workdir, keep=config.keep_checkpoints)
         self.states = self._restore_or_init()
         self.step = int(self.states["main"].step)
-        self.writer = MetricWriter(workdir, resume_step=self.step)
-        self.progress = Progress(config.steps, self.step)
+        first = distributed.is_first()
+        self.writer = MetricWriter(workdir, resume_step=self.step) if first else NoWriter()
+        self.progress = Progress(config.steps, self.step, quiet=not first)
         self.meter = Meter(config.batch_size * config.sequence_length)
         self.pending: list[tuple] = []
         self.zero_share = None
         self.stop_requested = False
 
     def __enter__(self):
-        self._handlers = {
-            number: signal.signal(number, self._request_stop)
-            for number in (signal.SIGTERM, signal.SIGINT)
-        }
+        # Of several processes jax tells all when one gets SIGTERM: `distributed.stop_requested`.
+        numbers = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        self._handlers = {number: signal.signal(number, self._request_stop) for number in numbers}
         return self
 
     def __exit__(self, *_):
@@ -254,7 +269,8 @@ class _Run:
             twin=self.states.get("dense_twin"),
             validation_loss=validation_loss,
         )
-        record_implementations(self.workdir)
+        if distributed.is_first():
+            record_implementations(self.workdir)
 
     def stop(self, step: int) -> None:
         """Saves because a signal asked for it."""
@@ -266,6 +282,21 @@ class _Run:
     def finish(self) -> dict:
         """Samples, draws, and writes the summary, which ends a run."""
         self.checkpoints.wait()
+        if jax.process_count() == 1:
+            self._sample()
+        else:
+            self.progress.say("no sample: the weights lie on several hosts; see experiments.sample")
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(self.states["main"].params))
+        return distributed.first_alone(lambda: self._summarize(parameters), "summary")
+
+    def _summarize(self, parameters: int) -> dict:
+        path = self.workdir / "summary.json"
+        if distributed.is_first():
+            plots.plot_run(self.workdir)
+            write_json(path, summarize(self.config, parameters, read_metrics(self.workdir)))
+        return read_json(path)
+
+    def _sample(self) -> None:
         config, state = self.config, self.states["main"]
         text = sample.generate(
             self.program.model,
@@ -278,8 +309,3 @@ class _Run:
             context=config.sequence_length,
         )
         write_bytes(self.workdir / "samples.txt", f"step {config.steps}\n{text}\n".encode())
-        plots.plot_run(self.workdir)
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-        summary = summarize(config, parameters, read_metrics(self.workdir))
-        write_json(self.workdir / "summary.json", summary)
-        return summary

@@ -64,7 +64,8 @@ class Program(NamedTuple):
       loss: (params, tokens [B, L+1], mode=) -> mean loss in nats per token.
       probe: (params, tokens [B, L+1]) -> sparsity metrics, each [layers].
       model: (params) -> Transformer.
-      place: tokens [B, L+1] -> the same on the devices, each of which has its sequences.
+      place: this process's tokens [B / processes, L+1] -> all tokens [B, L+1], each device with its
+        sequences.
     """
 
     state: Any
@@ -152,7 +153,11 @@ def make_program(config, mesh: Mesh | None = None) -> Program:
         return on_mesh(mesh, local, params, P())(params, tokens)
 
     shapes = jax.eval_shape(init)
-    placed = shardings(mesh, shapes)
+    placed, everywhere = shardings(mesh, shapes), NamedSharding(mesh, P())
+
+    def place(tokens):
+        return jax.make_array_from_process_local_data(NamedSharding(mesh, SEQUENCES), tokens)
+
     return Program(
         state=jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -164,12 +169,12 @@ def make_program(config, mesh: Mesh | None = None) -> Program:
             train_step,
             static_argnames="mode",
             donate_argnums=0,
-            out_shardings=(placed, None),
+            out_shardings=(placed, everywhere),
         ),
-        loss=jax.jit(mean_loss, static_argnames="mode"),
-        probe=jax.jit(probe),
+        loss=jax.jit(mean_loss, static_argnames="mode", out_shardings=everywhere),
+        probe=jax.jit(probe, out_shardings=everywhere),
         model=model,
-        place=partial(jax.device_put, device=NamedSharding(mesh, SEQUENCES)),
+        place=place,
     )
 
 

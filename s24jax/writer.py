@@ -202,6 +202,16 @@ class MetricWriter:
         self._next_flush = time.monotonic() + _EVENTS_FLUSH_S
 
 
+class NoWriter:
+    """Takes what a `MetricWriter` takes, and leaves nothing: of several processes one writes."""
+
+    def write(self, kind: str, *, run: str, step: int, **values: Any) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 def _plain(value: Any) -> Any:
     """value in Python's own types, arrays as lists."""
     if isinstance(value, dict):

@@ -37,6 +37,7 @@ FLOORS = [
         "s24jax.catalogue",
         "s24jax.checkpoint",
         "s24jax.data",
+        "s24jax.distributed",
         "s24jax.doctor",
         "s24jax.evaluate",
         "s24jax.figure_style",
