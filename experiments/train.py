@@ -7,6 +7,8 @@ On several hosts the same command runs on each: with --cluster under Slurm, Kube
 else with the address of process 0, their number, and which one this is.
 """
 
+import pathlib
+
 from absl import flags
 
 from experiments import cli
@@ -30,7 +32,8 @@ def main() -> None:
     summary = train(cli.load_config(CONFIG), WORKDIR.value)
     if summary and distributed.is_first():
         print(closing_table(summary))
-        print(f"plots: {WORKDIR.value}/plots   sample: {WORKDIR.value}/samples.txt")
+        sample = pathlib.Path(WORKDIR.value) / "samples.txt"
+        print(f"plots: {WORKDIR.value}/plots" + (f"   sample: {sample}" if sample.exists() else ""))
 
 
 if __name__ == "__main__":

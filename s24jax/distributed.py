@@ -62,6 +62,15 @@ def join(coordinator: str | None, processes: int | None, process: int | None) ->
         ) from error
 
 
+def what_holds() -> str:
+    """What a user should know when several processes start: jax ends those that miss one by itself,
+    without a word of ours."""
+    return (
+        f"{jax.process_count()} processes: SIGTERM to one of them saves and stops all; "
+        "one that dies ends the others within a minute; the same command on all of them resumes"
+    )
+
+
 def is_first() -> bool:
     """Whether this process writes what the run leaves behind."""
     return jax.process_index() == 0

@@ -94,6 +94,11 @@ def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
             f"{batch_size} sequences at a time do not split over {shards} devices (mesh.data * "
             f"mesh.fsdp); make batch_size / accumulate a multiple"
         )
+    if shards % jax.process_count():
+        raise InvalidInput(
+            f"{jax.process_count()} processes cannot each have sequences of its own on a mesh with "
+            f"data * fsdp = {shards}; make that a multiple, so that mesh.tensor stays in a process"
+        )
     if model.width % sizes[FSDP]:
         raise InvalidInput(
             f"model.width={model.width} does not split into mesh.fsdp={sizes[FSDP]} equal parts"
@@ -195,7 +200,7 @@ def mean_over_devices(tree: Any) -> Any:
     """The mean of each leaf over the devices on which it differs."""
 
     def mean(leaf):
-        axes = tuple(varying(leaf))
+        axes = varying(leaf)
         return jax.lax.pmean(leaf, axes) if axes else leaf
 
     return jax.tree.map(mean, tree)
@@ -207,19 +212,26 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     A `custom_vjp` needs it: its gradient of one operand varies as the others do. The transpose is
     the sum over the axes that were added. Outside `shard_map` it does nothing.
     """
-    axes = [varying(array) for array in arrays]
-    union = frozenset().union(*axes)
-    return tuple(vary(a, union - own) for a, own in zip(arrays, axes, strict=True))
+    some = {axis for array in arrays for axis in varying(array)}
+
+    def alike(array):
+        return vary(array, tuple(a for a in AXES if a in some and a not in varying(array)))
+
+    return tuple(map(alike, arrays))
 
 
-def varying(array: Array) -> frozenset[str]:
-    """The mesh axes over which an array may differ, by its type; none outside `shard_map`."""
-    return jax.typeof(array).manual_axis_type.varying
+def varying(array: Array) -> tuple[str, ...]:
+    """The mesh axes over which an array may differ, by its type; none outside `shard_map`.
+
+    In the order of `AXES`: the order decides who talks to whom, and must be that of every process.
+    """
+    found = jax.typeof(array).manual_axis_type.varying
+    return tuple(axis for axis in AXES if axis in found)
 
 
-def vary(array: Array, axes) -> Array:
+def vary(array: Array, axes: tuple[str, ...]) -> Array:
     """The array, marked as varying over further axes."""
-    return jax.lax.pcast(array, tuple(axes), to="varying") if axes else array
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
 def _spec(path, leaf) -> P:

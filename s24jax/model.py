@@ -265,9 +265,9 @@ class Transformer(nnx.Module):
         return self._unembed(x_BLD[:, -1:])[:, 0], cache
 
     def _embed(self, tokens_BL):
-        # In float32, for the way back: a row's gradient is the sum over all tokens that are this row,
-        # and where a few kinds make up the text, as bytes do, a bfloat16 sum loses most of its terms
-        # and costs a GPU, which has no atomic addition of them, as much as the rest of the step.
+        # In float32, for the way back: a row's gradient is the sum over all its tokens. Where a few
+        # kinds of tokens make up the text, as bytes do, a sum in bfloat16 loses most of its terms,
+        # and its atomic additions cost a GPU as much as the rest of the step.
         table_VD = self.embedding.embedding[...].astype(jnp.float32)
         x_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(self.dtype)
         # The table's rows have length about 1; the residual stream starts at 1 a channel.

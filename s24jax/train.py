@@ -121,6 +121,8 @@ class _Run:
         self.writer = MetricWriter(workdir, resume_step=self.step) if first else NoWriter()
         self.progress = Progress(config.steps, self.step, quiet=not first)
         self.meter = Meter(config.batch_size * config.sequence_length)
+        if jax.process_count() > 1:
+            self.progress.say(distributed.what_holds())
         self.pending: list[tuple] = []
         self.zero_share = None
         self.stop_requested = False
@@ -285,7 +287,10 @@ class _Run:
         if jax.process_count() == 1:
             self._sample()
         else:
-            self.progress.say("no sample: the weights lie on several hosts; see experiments.sample")
+            self.progress.say(
+                "no sample, since the weights lie on several hosts: "
+                f"python -m experiments.sample --workdir={self.workdir} --prompt=TEXT draws one"
+            )
         parameters = sum(leaf.size for leaf in jax.tree.leaves(self.states["main"].params))
         return distributed.first_alone(lambda: self._summarize(parameters), "summary")
 
