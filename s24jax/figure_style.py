@@ -20,6 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from s24jax.writer import write_bytes
 
 BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#555555"
+BAND = "#D9D9D9"
 # Where a logarithmic axis of losses may have its ticks within a decade.
 LOSS_DIGITS = (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0)
 # Three significant digits.

@@ -121,6 +121,20 @@ def make_row(name: str, config, workdir: str | Path, summary: dict[str, Any]) ->
     }
 
 
+def seeds(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """The losses of rows that differ in their seed alone, by the name of the first of them."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        if "diverged" not in row["summary"]:
+            config = {key: v for key, v in row["config"].items() if key not in ("name", "seed")}
+            groups.setdefault(repr(config), []).append(row)
+    return {
+        group[0]["name"]: [row["summary"]["validation_loss"] for row in group]
+        for group in groups.values()
+        if len(group) > 1
+    }
+
+
 def curves_of(records: list[dict[str, Any]], *, tokens_per_step: int) -> dict[str, Any]:
     """What a run's metrics say, thinned and rounded.
 

@@ -21,6 +21,8 @@ from s24jax.figure_style import (
 from s24jax.results import PROFILE, Row
 from s24jax.sweep_plot import row_look, sweep_figure
 
+# Of axes with a logarithmic scale, which has no place for nothing: what is below stands there.
+_FLOOR = {"dropped_token_wise": 1e-4, "dropped_feature_wise": 1e-4, PROFILE: 1e-5}
 _PERCENT = FuncFormatter(lambda share, _: f"{100 * share:g} %")
 # What the sparsity figure shows of each layer, and whether its axis is logarithmic.
 _PANELS = (
@@ -95,7 +97,8 @@ def sparsity_figure(rows: Sequence[Row], looks: dict[str, dict]) -> Figure:
         for row in rows:
             values = row["curves"]["main"]["sparsity"].get(key)
             if values:
-                axes.plot(np.array(values[-1], dtype=float), ms=5, lw=1.2, **looks[row["name"]])
+                shares = np.maximum(np.array(values[-1], dtype=float), _FLOOR.get(key, 0.0))
+                axes.plot(shares, ms=5, lw=1.2, **looks[row["name"]])
         axes.set_yscale(scale)
         axes.yaxis.set_major_formatter(_PERCENT)
         if scale == "log":
@@ -118,8 +121,7 @@ def profile_figure(rows: Sequence[Row]) -> Figure:
         colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(profile)))
         share = (np.arange(profile.shape[1]) + 0.5) / profile.shape[1]
         for layer, density in enumerate(profile):
-            # A log scale has no place for a feature that is never active.
-            axes.plot(share, np.maximum(density, 1e-5), color=colours[layer], lw=1.2)
+            axes.plot(share, np.maximum(density, _FLOOR[PROFILE]), color=colours[layer], lw=1.2)
         axes.set_title(row["name"], fontsize=11)
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())

@@ -6,7 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from s24jax.errors import Diverged, InvalidInput
-from s24jax.results import RESULTS, Row, make_row, read_results, record_row, recorded_row
+from s24jax.results import (
+    RESULTS,
+    Row,
+    make_row,
+    read_results,
+    record_row,
+    recorded_row,
+    seeds,
+)
 from s24jax.results_plot import plot_results
 from s24jax.summary import cell
 from s24jax.train import check, train
@@ -131,20 +139,6 @@ def table(rows: Sequence[Row], baseline: str) -> str:
         spread = max(values) - min(values)
         lines.append(f"| {name} | {len(values)} | {np.mean(values):.4f} | {spread:.4f} |")
     return "\n".join(lines) + "\n"
-
-
-def seeds(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """The losses of rows that differ in their seed alone, by the name of the first of them."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if "diverged" not in row["summary"]:
-            config = {key: v for key, v in row["config"].items() if key not in ("name", "seed")}
-            groups.setdefault(repr(config), []).append(row)
-    return {
-        group[0]["name"]: [row["summary"]["validation_loss"] for row in group]
-        for group in groups.values()
-        if len(group) > 1
-    }
 
 
 def _run_row(name: str, config, workdir: pathlib.Path) -> Row | None:

@@ -64,7 +64,7 @@ def make_row(name, **changes):
     summary = {"validation_loss": curves["validation"]["loss"][-1], "zero_share": 0.95}
     return {
         "name": name,
-        "config": {"seed": 0},
+        "config": {"choice": name, "seed": 0},
         "summary": summary | {"switch_step": SWITCH},
         "curves": {"main": curves},
     }

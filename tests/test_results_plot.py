@@ -66,6 +66,10 @@ def test_the_last_probe_of_each_layer(rows, looks):
             line.get_ydata(), row["curves"]["main"]["sparsity"]["zero_share"][-1]
         )
         assert len(line.get_xdata()) == LAYERS
+    for name in ("token", "feature"):
+        values = rows[1]["curves"]["main"]["sparsity"][f"dropped_{name}_wise"][-1]
+        line = panels[f"dropped {name}-wise,"].lines[0]
+        np.testing.assert_allclose(line.get_ydata(), np.maximum(values, 1e-4))
     assert [text.get_text() for text in figure.legends[0].texts] == ["2:4", "no warm-up"]
     assert_no_overlap(figure)
 

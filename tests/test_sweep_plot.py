@@ -49,6 +49,14 @@ def test_sweep_figure_compares_with_the_baseline(rows):
     assert right.get_xscale() == "linear"
 
 
+def test_the_baselines_seeds_are_a_band(rows):
+    rows += [make_row(f"dense, seed {seed}", cost=0.001 * seed) for seed in (1, 2)]
+    for seed, row in enumerate((rows[0], *rows[3:])):
+        row["config"] = {"name": row["name"], "choice": "dense", "seed": seed}
+    (*_, band) = sweep_figure(rows, baseline="dense").axes[1].patches
+    np.testing.assert_allclose((band.get_x(), band.get_width()), (0.0, 0.002), atol=1e-9)
+
+
 def test_rows_that_diverged_stay(rows):
     rows[1] = diverged(rows[1])
     rows[2]["summary"]["validation_loss"] = float("inf")
