@@ -23,6 +23,7 @@ import numpy as np
 
 from s24jax import nvcc
 from s24jax.errors import BrokenEnvironment
+from s24jax.mesh import vary_alike
 
 TARGETS = (
     "s24jax_feature_wise24",
@@ -70,7 +71,9 @@ def call(
     # In a scan XLA lets a kernel write straight into the stack of what the backward pass needs,
     # and runs it once more for whoever else uses the result (jaxlib 0.11.2, not 0.10.2; see pull
     # request 45799 of openxla/xla). Behind a barrier for all it runs once, and XLA copies.
-    return jax.lax.optimization_barrier(results)
+    leaves, tree = jax.tree.flatten(jax.lax.optimization_barrier(results))
+    # Inside `shard_map` jax takes them for the same on all devices.
+    return tree.unflatten(vary_alike(*leaves, *args)[: len(leaves)])
 
 
 def reason_against() -> str | None:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
+from s24jax.mesh import vary_alike
 from s24jax.typing import Array
 
 # jax-triton uses private parts of both jax and triton: these two versions go together, and with
@@ -78,7 +79,8 @@ def call(
             **constants,
         )
 
-    return launch(*arrays)
+    # Inside `shard_map` jax takes the results for the same on all devices.
+    return list(vary_alike(*launch(*arrays), *arrays)[: len(out_shape)])
 
 
 def compile_ahead(kernel: Any, dtypes: Sequence[Any], *, num_warps: int, **constants: int) -> Any:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import oracles
 import pytest
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from s24jax import (
     Recipe,
@@ -28,6 +30,7 @@ from s24jax import (
 )
 from s24jax.errors import InvalidInput, Unsupported
 from s24jax.feature_split import FeatureSplit
+from s24jax.mesh import AXES, DATA, TENSOR, tensor_sum
 from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import SplitOperand
 from s24jax.ops.matmul24 import cuda as matmul24_cuda
@@ -246,6 +249,18 @@ def mapped(layer, x, w_up, w_down):
     return jax.vmap(layer, (0, None, None))(x, w_up, w_down)
 
 
+def on_a_mesh(layer, x, w_up, w_down):
+    """Each device's own tokens and features."""
+    mesh = AbstractMesh((2, 1, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+
+    def local(x, w_up, w_down):
+        return tensor_sum(layer(x, w_up, w_down))
+
+    features = P(TENSOR)
+    operands = (P(DATA), features, features)
+    return jax.shard_map(local, mesh=mesh, in_specs=operands, out_specs=P(DATA))(x, w_up, w_down)
+
+
 def lower(layers, recipe=RECIPE, implementation="auto", remat=lambda layer: layer) -> str:
     """The program of the value and gradients of ffn24, for a GPU."""
     layer = functools.partial(ffn24, recipe=recipe, implementation=implementation)
@@ -256,8 +271,10 @@ def lower_gradients(layers, layer) -> str:
     def loss(*args):
         return jnp.sum(layers(layer, *args).astype(jnp.float32) ** 2)
 
-    x = jax.ShapeDtypeStruct((3, T, D) if layers is mapped else (T, D), jnp.bfloat16)
-    w = jax.ShapeDtypeStruct((3, F, D) if layers is scanned else (F, D), jnp.bfloat16)
+    # On the mesh each of two devices has a half.
+    tokens, features = (2 * T, 2 * F) if layers is on_a_mesh else (T, F)
+    x = jax.ShapeDtypeStruct((3, T, D) if layers is mapped else (tokens, D), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((3, F, D) if layers is scanned else (features, D), jnp.bfloat16)
     traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(x, w, w)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -279,7 +296,7 @@ ALL_CALLS = {
     "s24jax_split_features": 1,
     "s24jax_matmul_feature_wise24": 1,
 }
-every_layers = pytest.mark.parametrize("layers", [one_layer, scanned, mapped])
+every_layers = pytest.mark.parametrize("layers", [one_layer, scanned, mapped, on_a_mesh])
 
 
 @pytest.fixture

@@ -16,8 +16,11 @@ import numpy as np
 import oracles
 import pytest
 import triton_interpreter
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from s24jax import device, triton_bridge
+from s24jax.mesh import DATA, varying
 from s24jax.ops.sparsify24 import triton as sparsify24
 
 BFLOAT16 = oracles.FLOATS["bfloat16"]
@@ -151,6 +154,23 @@ def test_lowers_to_a_call_of_the_kernel(function, shape, dtype):
         lowered = jax.jit(f).trace(argument).lower(lowering_platforms=("cuda",)).as_text()
         assert lowered.count("custom_call @triton_kernel_call") == 1
         assert ("stablehlo.while" in lowered) == bool(batch)
+
+
+@needs_bridge
+@launches
+def test_inside_shard_map_results_are_a_devices_own(function, shape, dtype):
+    found = []
+
+    def local(array):
+        results = function(array)
+        found.extend(map(varying, jax.tree.leaves(results)))
+        return results
+
+    mesh = AbstractMesh((2,), (DATA,), axis_types=(AxisType.Auto,))
+    parts = P(DATA)
+    whole = jax.ShapeDtypeStruct((2 * shape[0], *shape[1:]), dtype)
+    jax.eval_shape(jax.shard_map(local, mesh=mesh, in_specs=parts, out_specs=parts), whole)
+    assert found and set(found) == {(DATA,)}
 
 
 # --------------------------------------------------------------------------------------- sparsify24
