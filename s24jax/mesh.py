@@ -22,7 +22,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,8 +34,6 @@ BATCH = DATA, FSDP
 SEQUENCES = P(BATCH)
 STACKED = "blocks"
 """Where in a model's parameters the layers are, stacked along their first axis."""
-GATHERED = "gathered_weights"
-"""`checkpoint_name` of weights that the backward pass gathers anew."""
 
 # By the end of a parameter's path; the optimizer's moments have the same paths. What has no rule,
 # scales and counters, is whole on every device.
@@ -180,10 +177,23 @@ def gather(params: Any, dtype, *, of_one_layer: bool = False) -> Any:
         if FSDP not in spec:
             return leaf
         part = leaf.astype(dtype)
-        gathered = jax.lax.all_gather(part, FSDP, axis=spec.index(FSDP), tiled=True)
-        return checkpoint_name(gathered, GATHERED)
+        return jax.lax.all_gather(part, FSDP, axis=spec.index(FSDP), tiled=True)
 
     return jax.tree_util.tree_map_with_path(whole, params)
+
+
+def all_but_gathered(primitive, *_: Any, **__: Any) -> bool:
+    """A policy of `jax.checkpoint`: all is kept for the backward pass but gathered weights.
+
+    Nor are they in another order or type, of which there is nothing to keep in general: it is made
+    again at no cost.
+    """
+    return primitive not in (
+        jax.lax.all_gather_p,
+        jax.lax.convert_element_type_p,
+        jax.lax.reshape_p,
+        jax.lax.transpose_p,
+    )
 
 
 def in_parts(tree: Any) -> bool:

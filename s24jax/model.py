@@ -16,7 +16,7 @@ from flax import nnx
 from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
-from s24jax.mesh import GATHERED, gather, in_parts, tensor_sum
+from s24jax.mesh import all_but_gathered, gather, in_parts, tensor_sum
 from s24jax.ops import dispatch
 from s24jax.ops.relu2_ffn import SAVED_HIDDEN, relu2_ffn
 from s24jax.recipe import Recipe
@@ -28,7 +28,6 @@ REMAT_POLICIES = {
     "full": None,
     "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2, SAVED_HIDDEN),
 }
-ALL_BUT_WEIGHTS = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
 
 
 class FFN(nnx.Module):
@@ -230,7 +229,7 @@ class Transformer(nnx.Module):
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
         elif in_parts(layers):
-            layer = jax.checkpoint(layer, policy=ALL_BUT_WEIGHTS)
+            layer = jax.checkpoint(layer, policy=all_but_gathered)
         x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers)
         logits_BLV = self._unembed(x_BLD)
         return logits_BLV if observe is None else (logits_BLV, observed)

@@ -133,6 +133,28 @@ def collectives(config, mode: str) -> dict[str, int]:
     return dict(found)
 
 
+def stacked(config, mode: str) -> list[list[int]]:
+    """The shapes of what the forward pass over the layers leaves for the backward pass."""
+    program = make_program(config)
+    tokens = jax.ShapeDtypeStruct(tokens_of(config).shape, jnp.int32)
+    traced = program.train_step.trace(program.state, tokens, mode=mode)
+    # The first scan of the program; its first result is the last layer's.
+    (forward, *_) = equations(traced.jaxpr.jaxpr, "scan")
+    return [list(result.aval.shape) for result in forward.outvars[1:]]
+
+
+def equations(jaxpr, name: str) -> list:
+    found = []
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            found.append(equation)
+            continue
+        for value in equation.params.values():
+            inner = getattr(value, "jaxpr", value)
+            found += equations(inner, name) if hasattr(inner, "eqns") else []
+    return found
+
+
 def without_arrays(found: dict) -> dict:
     return {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
 
@@ -152,7 +174,7 @@ def compared(config, mode: str) -> dict:
 
 
 def main(path: str) -> None:
-    results = {"cases": {}, "collectives": {}}
+    results = {"cases": {}, "collectives": {}, "stacked": {}}
     for name, (mode, changes, meshes) in CASES.items():
         for mesh in meshes:
             results["cases"][f"{name} {mesh}"] = compared(config_of(mesh, changes), mode)
@@ -160,6 +182,9 @@ def main(path: str) -> None:
     results["plain"] = without_arrays(oracle(config_of((1, 1, 1), changes), mode))
     for mode in ("dense", "sparse24"):
         results["collectives"][mode] = collectives(config_of((2, 2, 2), {}), mode)
+        results["stacked"][mode] = stacked(config_of((2, 2, 2), {}), mode)
+    for ffn in ("swiglu", "gelu"):
+        results["stacked"][ffn] = stacked(config_of((2, 2, 2), {"model.ffn": ffn}), "dense")
     with open(path, "w") as file:
         json.dump(results, file)
 

@@ -84,13 +84,22 @@ def test_2to4_exchanges_what_dense_training_does(results):
     for written, count in sparse.items():
         kind, shape = written.split()
         kinds[kind][tuple(map(int, re.findall(r"\d+", shape.partition("[")[2])))] = count
-    weights = {(16, 48): 1, (16, 16): 1, (32, 16): 2, (16, 256): 1, (256, 16): 1}
+    # A layer's weights are gathered for its forward pass and again for its backward pass.
+    weights = {(16, 48): 2, (16, 16): 2, (32, 16): 4, (16, 256): 1, (256, 16): 1}
     assert kinds["all-gather"] == weights
     # Each weight's gradient returns to where its part lies.
     parts = {(8, 48): 1, (16, 8): 1, (32, 8): 2, (8, 256): 1, (256, 8): 1}
     assert kinds["reduce-scatter"] == parts
     # What is summed over the tensor group: Y3 and dX; the rest has no axis of tokens.
     assert {s for s in kinds["all-reduce"] if 12 in s or 24 in s} == {(2, 12, 16), (24, 16)}
+
+
+def test_no_gathered_weight_is_kept_for_the_backward_pass(results):
+    """Of what the scan over layers stacks; the last two of a weight's axes are D and its other."""
+    for shapes in results["stacked"].values():
+        assert [2, 2, 12, 16] in shapes, "the tokens' activations"
+        for weight in ([16, 48], [48, 16], [16, 16], [32, 16], [16, 32]):
+            assert [2, *weight] not in shapes
 
 
 def test_every_parameter_has_a_rule_or_is_small():
