@@ -7,6 +7,7 @@ python -m experiments.bench ffn --profile=FILE.json[:ROW] [as above]
 python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--widths=D,...]
     [--tokens=N,...] [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
     [--figure=FILE.png|svg]
+python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above]
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
@@ -14,6 +15,7 @@ python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|s
 feed-forward network and its parts, on synthetic operands, on those of a trained model, or on such
 as have the active features of a recorded run (the results of `experiments.sweep`). `step`,
 `prefill`, `decode`: whole models, in training and in inference, as configured or at other widths.
+`scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
 """
@@ -60,6 +62,7 @@ MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill 
 LAYERS = flags.DEFINE_integer("layers", None, "Of each model. Default: all.", lower_bound=1)
 WIDTHS = flags.DEFINE_string("widths", None, "D,... of each model. Default: its own.")
 TOKENS = flags.DEFINE_string("tokens", "16384", "N,... of a step or a prompt.")
+MESHES = flags.DEFINE_string("meshes", None, "Of scaling. Default: all of powers of two.")
 TUNE = flags.DEFINE_bool("tune", False, "Time the schedules of gemm's cuda and save the best.")
 
 
@@ -116,7 +119,8 @@ def _of_models(product: str) -> Iterator[list[dict]]:
         widths = parse_counts("widths", WIDTHS.value)
         configs = [model.at_width(config, width) for config in configs for width in widths]
     tokens = parse_counts("tokens", TOKENS.value)
-    return model.bench(product, configs, tokens, implementations, ROUNDS.value)
+    meshes = model.meshes_of(MESHES.value) if product == "scaling" else None
+    return model.bench(product, configs, tokens, implementations, ROUNDS.value, meshes)
 
 
 def _config(written: str) -> ConfigDict:

@@ -914,7 +914,10 @@ bench.main(["{command}"])
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["gem"], "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode or draw"),
+        (
+            ["gem"],
+            "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode, scaling or draw",
+        ),
         (["gemm"], "--shapes: 16384x2048x8192 and more are for a GPU; pass small ones"),
         (["gemm", "--shapes=64x32"], "'64x32' is no shape; write TxDxF"),
         (["sparsify", "--shapes=64x32x128", "--products=y3"], "--products: 'y3' does not exist"),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from s24jax.bench.rows import KEYS
 from s24jax.bench.table import table
 from s24jax.bench.timing import Result
 from s24jax.errors import InvalidInput
+from s24jax.mesh import AXES, one_device
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 2 layers, D 16, F 64, V 256, sequences of 32.
@@ -28,6 +30,7 @@ ADDED = (
     *("model", "layers", "vocabulary", "sequence_length", "remat", "tokens_per_s", "mfu"),
     *("peak_bytes", "ratio_to_xla_dense", "ratio_to_fused_dense"),
 )
+TRAFFIC = ("mesh", "received_gb", *(f"received_gb_{axis}" for axis in AXES))
 products = pytest.mark.parametrize("product", model.PRODUCTS)
 
 
@@ -45,7 +48,7 @@ def test_rows(product, kernels):
     ms = {row["implementation"]: row["ms"] for row in rows}
     tokens = 2 if product == "decode" else 64
     for row in rows:
-        assert tuple(row) == (*KEYS, *ADDED)
+        assert tuple(row) == (*KEYS, *ADDED, *(TRAFFIC if product == "scaling" else ()))
         assert (row["bench"], row["product"], row["model"]) == (product, product, SMALL.name)
         assert (row["T"], row["D"], row["F"]) == (tokens, 16, 64)
         assert (row["layers"], row["vocabulary"], row["sequence_length"]) == (2, 256, 32)
@@ -73,7 +76,7 @@ def test_operations_by_hand():
 
 def test_a_step_trains():
     """The state goes from one call to the next, whoever makes it."""
-    sides = {name: model._side(SMALL, "xla_dense") for name in ("one", "other")}
+    sides = {name: model._side(SMALL, "xla_dense", one_device()) for name in ("one", "other")}
     makers, peaks = model._step_makers(SMALL, Batch(2, 32), sides)
     one, other = (make() for make in makers.values())
     losses = [float(contender.call()) for contender in (one, other) * 8]
@@ -109,7 +112,9 @@ def test_table(product, kernels):
     cells = [cell.strip() for cell in head.strip("|").split("|")]
     assert cells == [
         *("T, D, F", "product", "cuda", "xla_dense", "cuda : dense", "cuda : xla_dense"),
-        *("MFU of cuda", "error of cuda"),
+        "MFU of cuda",
+        *(["GB that a device receives"] if product == "scaling" else []),
+        "error of cuda",
     ]
     assert f"{product} lm_100m_smoke" in line
 
@@ -161,9 +166,10 @@ def test_figure_over_widths_and_tokens():
 # ------------------------------------------------------------------------------- the command line
 
 
-def bench(*arguments) -> subprocess.CompletedProcess:
+def bench(*arguments, **environment) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    env = os.environ | environment
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.cpu_only
@@ -184,6 +190,47 @@ def test_end_to_end(product, tmp_path):
     assert [row["implementation"] for row in rows if row["ms"]] == ["xla_dense"]
     assert {row["layers"] for row in rows} == {1}
     assert all("implementation 'cuda' cannot run" in row["note"] for row in rows if not row["ms"])
+
+
+@pytest.mark.cpu_only
+def test_scaling_on_eight_devices(tmp_path):
+    """By hand, float32: D 16, F 64, one layer, sequences of 32, on devices with 2 of them."""
+    file = tmp_path / "rows.json"
+    finished = bench(
+        "scaling",
+        "--models=lm_100m:smoke",
+        "--layers=1",
+        "--tokens=64",
+        "--implementations=xla_dense",
+        "--meshes=8x1x1,1x8x1,2x2x2",
+        "--rounds=1",
+        f"--json={file}",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    assert finished.returncode == 0, finished.stderr
+    _, data, fsdp, all_three = json.loads(file.read_text())
+    layer, tables, scales = 16 * 48 + 16 * 16, 2 * 256 * 16, 3 * 16
+    weights = layer + 2 * 64 * 16 + tables
+    assert [row["mesh"] for row in (data, fsdp, all_three)] == ["8x1x1", "1x8x1", "2x2x2"]
+    assert [row["T"] for row in (data, fsdp, all_three)] == [512, 512, 256]
+    total = 4 * 2 * 7 / 8 * (weights + scales + 1)  # and the loss
+    assert data["received_gb_data"] * 1e9 == pytest.approx(total, rel=1e-3)
+    assert data["received_gb"] == data["received_gb_data"]
+    # A layer's weights come twice, the tables once, and all gradients go home.
+    whole = 4 * 7 / 8 * (2 * (weights - tables) + tables + weights + 2 * (scales + 1))
+    assert fsdp["received_gb_fsdp"] * 1e9 == pytest.approx(whole, rel=1e-3)
+    # Y3 and dX, to each device that of its other half.
+    assert all_three["received_gb_tensor"] * 1e9 == pytest.approx(2 * 64 * 16 * 4, rel=1e-3)
+
+
+@pytest.mark.parametrize("flag", ["--meshes=2x2", "--meshes=8x1x1,"])
+def test_what_is_no_mesh(flag):
+    finished = bench("scaling", flag)
+    assert finished.returncode == 1
+    written = flag.partition("=")[2]
+    assert finished.stderr.splitlines()[-1] == (
+        f"error: --meshes: {written!r} is no DATAxFSDPxTENSOR; write 2x4x1,8x1x1"
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,17 @@
 The two commands of its `bash` blocks are run as printed by .ci/run.
 """
 
+import functools
 import importlib
 import json
+import operator
 import pathlib
 import re
 import shlex
 
 import pytest
+
+from configs import base
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -47,8 +51,11 @@ def test_command_lines_exist_with_these_flags(command):
     assert source is not None
     text = pathlib.Path(source.origin).read_text()
     for argument in arguments:
-        name, value = re.fullmatch(r"--([\w.]+)=(.*)", argument).groups()
-        assert f'"{name}"' in text
+        name, value = re.fullmatch(r"--([\w.]+)(?:=(.*))?", argument).groups()
+        flag, *keys = name.split(".")
+        assert f'"{flag}"' in text
+        if keys:
+            functools.reduce(operator.getitem, keys, base.get_config())
         if name in ("config", "sweep"):
             assert (ROOT / value.partition(":")[0]).exists()
 

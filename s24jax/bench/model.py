@@ -11,9 +11,13 @@ Products:
     step        forward, backward and optimizer on one batch
     prefill     a prompt into an empty cache; the logits of its last token
     decode      one token for each sequence, after such a prompt
+    scaling     a step on a mesh of devices, each with as many tokens
 """
 
+import itertools
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,16 +25,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+from jax.sharding import Mesh
 
 from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, measure, peak_bytes
+from s24jax.bench.traffic import received_bytes
 from s24jax.errors import InvalidInput
-from s24jax.mesh import one_device
+from s24jax.mesh import AXES, DATA, FSDP, make_mesh, one_device
 from s24jax.train_step import Program, make_program
 from s24jax.typing import Array, FFNMode, Int
 
-PRODUCTS = ("step", "prefill", "decode")
+PRODUCTS = ("step", "prefill", "decode", "scaling")
+TRAINING = ("step", "scaling")
 # What each implementation is to the model: its FFNs' mode, and the implementation of their ops.
 IMPLEMENTATIONS: Mapping[str, tuple[FFNMode, str]] = {
     "cuda": ("sparse24", "cuda"),
@@ -66,8 +74,9 @@ def bench(
     tokens: Sequence[int],
     implementations: Sequence[str],
     rounds: int,
+    meshes: Sequence[Mesh] | None = None,
 ) -> Iterator[list[Row]]:
-    """The rows of a product for each configuration and number of tokens.
+    """The rows of a product for each configuration, number of tokens and mesh.
 
     Args:
       product: of PRODUCTS.
@@ -76,21 +85,31 @@ def bench(
         number is a batch of its own.
       implementations: some of IMPLEMENTATIONS.
       rounds: samples of each.
+      meshes: of the product "scaling", whose `tokens` are those of each device with sequences of
+        its own; all else runs on one device.
 
     Raises:
-      InvalidInput: one of `tokens` is no multiple of a sequence length.
+      InvalidInput: one of `tokens` is no multiple of a sequence length, or a model does not fit a
+        mesh.
     """
-    for config, batch in [(c, batch_of(c, t)) for c in configs for t in tokens]:
+    batches = [(config, batch_of(config, n)) for config in configs for n in tokens]
+    for (config, batch), mesh in itertools.product(batches, meshes or [one_device()]):
+        batch = batch._replace(sequences=batch.sequences * mesh.shape[DATA] * mesh.shape[FSDP])
         _LOG.info("%s of %s: %d x %d tokens", product, config.name, *batch)
         # A call of its own, after which nothing holds this model: the next needs its memory.
-        yield _bench(product, config, batch, implementations, rounds)
+        yield _bench(product, config, batch, mesh, implementations, rounds)
 
 
-def _bench(product: str, config, batch: Batch, implementations, rounds: int) -> list[Row]:
-    sides = {name: _side(config, name) for name in implementations}
+def _bench(
+    product: str, config, batch: Batch, mesh: Mesh, implementations, rounds: int
+) -> list[Row]:
+    config = config.copy_and_resolve_references()
+    config.accumulate, config.batch_size = 1, batch.sequences
+    sides = {name: _side(config, name, mesh) for name in implementations}
     makers, peaks = _MAKERS[product](config, batch, sides)
     results = measure(makers, rounds)
-    return _rows(product, config, batch, results, peaks)
+    rows = _rows(product, config, batch, results, peaks, mesh.size)
+    return _with_traffic(rows, batch, mesh, sides) if product == "scaling" else rows
 
 
 def at_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.ConfigDict:
@@ -109,6 +128,23 @@ def at_width(config: ml_collections.ConfigDict, width: int) -> ml_collections.Co
     config.model.width, config.model.hidden = width, 4 * width
     config.model.heads = width // head
     return config
+
+
+def meshes_of(written: str | None) -> list[Mesh]:
+    """The meshes of --meshes, "DATAxFSDPxTENSOR,..."; by default all whose sizes are powers of two.
+
+    Raises:
+      InvalidInput: one is no mesh, or does not fit the devices.
+    """
+    if written is None:
+        powers = [2**i for i in range(jax.device_count().bit_length())]
+        found = itertools.product(powers, repeat=len(AXES))
+        shapes = [shape for shape in found if math.prod(shape) == jax.device_count()]
+    elif re.fullmatch(r"(\d+x\d+x\d+)(,\d+x\d+x\d+)*", written):
+        shapes = [map(int, shape.split("x")) for shape in written.split(",")]
+    else:
+        raise InvalidInput(f"--meshes: {written!r} is no DATAxFSDPxTENSOR; write 2x4x1,8x1x1")
+    return [make_mesh(dict(zip(AXES, shape, strict=True))) for shape in shapes]
 
 
 def batch_of(config: ml_collections.ConfigDict, tokens: int) -> Batch:
@@ -133,17 +169,16 @@ def forward_flops(product: str, config: ml_collections.ConfigDict, batch: Batch)
     m = config.model
     tokens = batch.sequences if product == "decode" else batch.tokens
     context = batch.length if product == "decode" else batch.length // 2
-    logits = batch.tokens if product == "step" else batch.sequences
+    logits = batch.tokens if product in TRAINING else batch.sequences
     layer = 2 * (4 * m.width**2 + 2 * m.width * m.hidden) + 4 * m.width * context
     return tokens * m.layers * layer + logits * 2 * m.width * m.vocabulary
 
 
-def _side(config: ml_collections.ConfigDict, name: str) -> _Side:
+def _side(config: ml_collections.ConfigDict, name: str, mesh: Mesh) -> _Side:
     mode, implementation = IMPLEMENTATIONS[name]
     config = config.copy_and_resolve_references()
-    config.accumulate = 1
     config.model.implementation = implementation
-    return _Side(make_program(config, one_device()), mode)
+    return _Side(make_program(config, mesh), mode)
 
 
 def _random_tokens(config, batch: Batch, *, more: int = 0) -> Int[Array, "B L"]:
@@ -157,9 +192,10 @@ Makers = tuple[dict[str, Callable[[], Contender]], dict[str, int]]
 
 
 def _step_makers(config, batch: Batch, sides: dict[str, _Side]) -> Makers:
-    tokens = _random_tokens(config, batch, more=1)
+    first = next(iter(sides.values())).program
+    tokens = first.place(np.asarray(_random_tokens(config, batch, more=1)))
     # One state for all: only one fits. A step takes it, and leaves the next.
-    holder, peaks = [next(iter(sides.values())).program.init()], {}
+    holder, peaks = [first.init()], {}
 
     def make(name: str) -> Contender:
         program, mode = sides[name]
@@ -209,7 +245,12 @@ def _inference_makers(tokens: Array, sides: dict[str, _Side], make_cache: Callab
     return {name: partial(make, name) for name in sides}, peaks
 
 
-_MAKERS = {"step": _step_makers, "prefill": _prefill_makers, "decode": _decode_makers}
+_MAKERS = {
+    "step": _step_makers,
+    "prefill": _prefill_makers,
+    "decode": _decode_makers,
+    "scaling": _step_makers,
+}
 
 
 def _not_finite(out: Array) -> float:
@@ -220,9 +261,11 @@ def _not_finite(out: Array) -> float:
 # ------------------------------------------------------------------------------------------- rows
 
 
-def _rows(product: str, config, batch: Batch, results, peaks: dict[str, int]) -> list[Row]:
+def _rows(
+    product: str, config, batch: Batch, results, peaks: dict[str, int], devices: int = 1
+) -> list[Row]:
     tokens = batch.sequences if product == "decode" else batch.tokens
-    flops = forward_flops(product, config, batch) * (3 if product == "step" else 1)
+    flops = forward_flops(product, config, batch) * (3 if product in TRAINING else 1)
     shape = Shape(tokens, config.model.width, config.model.hidden)
     rows = make_rows(product, product, shape, results, flops=flops)
     for row in rows:
@@ -233,7 +276,23 @@ def _rows(product: str, config, batch: Batch, results, peaks: dict[str, int]) ->
             "sequence_length": batch.length,
             "remat": config.model.remat,
             "tokens_per_s": 1e3 * tokens / row["ms"] if row["ms"] else None,
-            "mfu": row["tflops"] * 1e12 / PEAK_FLOPS if row["ms"] else None,
+            "mfu": row["tflops"] * 1e12 / PEAK_FLOPS / devices if row["ms"] else None,
             "peak_bytes": peaks.get(row["implementation"]),
         }
     return add_ratios(rows)
+
+
+def _with_traffic(rows: list[Row], batch: Batch, mesh: Mesh, sides: dict[str, _Side]) -> list[Row]:
+    tokens = jax.ShapeDtypeStruct((batch.sequences, batch.length + 1), jnp.int32)
+
+    def received(row: Row) -> dict[str, float | None]:
+        if row["ms"] is None:  # the program could not be traced
+            return dict.fromkeys(("received_gb", *(f"received_gb_{axis}" for axis in AXES)))
+        program, mode = sides[row["implementation"]]
+        traced = program.train_step.trace(program.state, tokens, mode=mode)
+        found = received_bytes(traced.jaxpr.jaxpr, mesh.shape)
+        gigabytes = {f"received_gb_{axis}": found[axis] / 1e9 for axis in AXES}
+        return {"received_gb": sum(gigabytes.values())} | gigabytes
+
+    named = "x".join(str(mesh.shape[axis]) for axis in AXES)
+    return [row | {"mesh": named} | received(row) for row in rows]

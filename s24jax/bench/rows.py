@@ -19,12 +19,19 @@ Rows of bench "ffn" have in addition
     source                 of the operands: "synthetic", or a layer of a trained model
     zeros                  share of zeros in Y2 before pruning
 
-and rows of benches of whole models ("step", "prefill", "decode"), whose T is the tokens of a call,
+and rows of benches of whole models ("step", "prefill", "decode", "scaling"), whose T is the tokens
+of a call,
 
     model, layers, vocabulary, sequence_length, remat
     tokens_per_s
     mfu                    dense operations of the model / time, of the GPU's peak by its data sheet
     ratio_to_xla_dense, ratio_to_fused_dense, peak_bytes   as above
+
+those of "scaling" beside it, where mfu is that of each device,
+
+    mesh                   sizes of data x fsdp x tensor
+    received_gb            what each device receives from others, see `s24jax.bench.traffic`
+    received_gb_data, received_gb_fsdp, received_gb_tensor     over which axis
 
 The first row is the environment: bench is "environment", the other keys are the device, the commit,
 the command and a version for each package.

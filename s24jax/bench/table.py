@@ -20,6 +20,7 @@ RATIOS = {
     "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
     "share": ("of the ceiling", "{:.0%}"),
     "mfu": (f"MFU of {OURS}", "{:.1%}"),
+    "received_gb": ("GB that a device receives", "{:.3g}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
 
@@ -75,7 +76,12 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
 def _label(row: Row) -> str:
     """The product, with what else tells lines of one shape apart."""
     source = row.get("source", SYNTHETIC)
-    more = [row.get("pass"), row.get("model"), None if source == SYNTHETIC else f"({source})"]
+    more = [
+        row.get("pass"),
+        row.get("model"),
+        row.get("mesh"),
+        None if source == SYNTHETIC else f"({source})",
+    ]
     return " ".join(filter(None, [row["product"], *more]))
 
 
