@@ -8,6 +8,7 @@ python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N]
     [--tokens=N,...] [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
     [--figure=FILE.png|svg]
 python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above]
+python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
 
@@ -16,6 +17,7 @@ feed-forward network and its parts, on synthetic operands, on those of a trained
 as have the active features of a recorded run (the results of `experiments.sweep`). `step`,
 `prefill`, `decode`: whole models, in training and in inference, as configured or at other widths.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
+`estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
 """
@@ -33,7 +35,7 @@ from ml_collections import ConfigDict
 from configs import lm_100m, paper_1p5b
 from experiments import cli
 from s24jax import device
-from s24jax.bench import ffn, gemm, model, sparsify
+from s24jax.bench import estimate, ffn, gemm, model, sparsify
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.profile import profiled
@@ -46,7 +48,7 @@ from s24jax.writer import write_bytes
 
 BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
 BESIDE_TORCH = ("gemm", "sparsify")
-COMMANDS = (*BENCHES, *model.PRODUCTS, "draw")
+COMMANDS = (*BENCHES, *model.PRODUCTS, "estimate", "draw")
 MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
@@ -83,6 +85,9 @@ def main(arguments: list[str]) -> None:
         if command != "gemm":
             raise InvalidInput(f"--tune goes with gemm, not with {command}; leave it out")
         for line in tune(_shapes(), ROUNDS.value):
+            print(line)
+    elif command == "estimate":
+        for line in estimate.lines():
             print(line)
     elif command == "draw":
         if not JSON.value:

@@ -916,7 +916,8 @@ bench.main(["{command}"])
     [
         (
             ["gem"],
-            "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode, scaling or draw",
+            "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode, scaling, "
+            "estimate or draw before the flags",
         ),
         (["gemm"], "--shapes: 16384x2048x8192 and more are for a GPU; pass small ones"),
         (["gemm", "--shapes=64x32"], "'64x32' is no shape; write TxDxF"),

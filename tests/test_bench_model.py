@@ -14,7 +14,7 @@ import pytest
 from figures import assert_no_overlap
 
 from configs import lm_100m
-from s24jax.bench import model
+from s24jax.bench import estimate, model
 from s24jax.bench.figure import bench_figure
 from s24jax.bench.model import Batch
 from s24jax.bench.rows import KEYS
@@ -161,6 +161,44 @@ def test_figure_over_widths_and_tokens():
     assert_no_overlap(figure)
     with pytest.raises(InvalidInput, match="no row has a time beside xla_dense's; run the bench"):
         bench_figure([row for row in rows if row["implementation"] == "xla_dense"])
+
+
+# ------------------------------------------------------------------------------------ the estimate
+
+
+def test_an_estimate_by_hand():
+    """Of 2 layers, D 4, F 16, V 8, on 4 GPUs, of which each has a million tokens of its own."""
+    m = estimate.Model(2, 4, 16, 8, fsdp=2, tensor=1, dense_ffn=3e-6, sparse_ffn=2e-6)
+    step = estimate.step_of(m, 4)
+    tokens = 2**20
+    assert step.dense - step.sparse == pytest.approx(tokens * 2 * 1e-6)
+    layer = 2 * 4 * 4 * 4 + 4 * 4 * 2048
+    rest = 3 * tokens * (2 * layer + 2 * 4 * 8) / (88e12 / 0.287)
+    assert step.sparse == pytest.approx(rest + tokens * 2 * 2e-6)
+    weights = 2 * (4 * 4 * 4 + 2 * 4 * 16) + 4 * 8
+    # 64 microbatches; half of the weights come, twice, and half of the gradients go, 2 bytes each.
+    assert step.fsdp == pytest.approx(64 * 3 * weights / 2 * 2 / 370e9)
+    assert step.data == pytest.approx(2 * weights / 2 / 2 * 4 / 40e9)
+    assert step.tensor == 0
+    halves = estimate.step_of(m._replace(fsdp=1, tensor=2), 4)
+    assert halves.tensor == pytest.approx(2 * (2 * 2 * (2 * tokens) * 4 * 2 / 2) / 370e9)
+    assert halves.dense - halves.sparse == pytest.approx(step.dense - step.sparse)
+
+
+def test_gains():
+    free = estimate.Step(dense=2.0, sparse=1.0, fsdp=0.0, data=0.0, tensor=0.0)
+    assert free.gain(overlap=True) == free.gain(overlap=False) == 2.0
+    bound = free._replace(fsdp=2.5, data=0.5, tensor=1.0)
+    assert bound.gain(overlap=True) == 1.0
+    assert bound.gain(overlap=False) == pytest.approx(6 / 5)
+
+
+def test_the_written_estimate_is_the_programs():
+    finished = bench("estimate")
+    assert finished.returncode == 0, finished.stderr
+    written = (ROOT / "experiments/004_many_devices/README.md").read_text()
+    assert finished.stdout == "\n".join(estimate.lines()) + "\n"
+    assert finished.stdout in written
 
 
 # ------------------------------------------------------------------------------- the command line
