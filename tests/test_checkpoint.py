@@ -1,6 +1,7 @@
 """Checkpoints: what is kept, exact restore, and damage told apart from a foreign model."""
 
 import gc
+import json
 import sys
 import time
 
@@ -54,6 +55,31 @@ def test_restores_state_twin_and_data_position(tmp_path):
     np.testing.assert_array_equal(restored.twin["w"], np.full((2, 3), 30.0))
     assert [int(next(resumed)) for _ in range(120)] == straight
     assert straight[:93] != taken  # the comparison is not of two fresh iterators
+    checkpoints.close()
+
+
+def test_data_that_several_processes_had_read(tmp_path):
+    """Equally far in packed windows, which one can take up; else each at a place of its own."""
+    checkpoints = Checkpoints(tmp_path)
+    ahead, behind = make_iterator(), make_iterator()
+    for _ in range(7):
+        next(ahead)
+    checkpoints.save(3, make_state(3), ahead)
+    checkpoints.wait()
+    (file,) = tmp_path.glob("checkpoints/3/data/metadata")
+    (state,) = json.loads(file.read_text())["states"]
+    like = jax.eval_shape(lambda: make_state(0))
+    file.write_text(json.dumps({"states": [state] * 4}))
+    resumed = make_iterator()
+    checkpoints.restore(like, iterator=resumed)
+    assert next(resumed) == next(ahead)
+    file.write_text(json.dumps({"states": [state, behind.get_state()]}))
+    with pytest.raises(InvalidInput) as error:
+        checkpoints.restore(like, iterator=make_iterator())
+    assert str(error.value) == (
+        f"checkpoint {tmp_path / 'checkpoints' / '3'} was saved by 2 processes, each at a place of "
+        "its own in its documents; resume with as many, not 1"
+    )
     checkpoints.close()
 
 
