@@ -108,13 +108,6 @@ def smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def without_extras(config: ConfigDict) -> ConfigDict:
-    """For rows of sweeps, of which only the metrics are kept: one checkpoint, a short sample."""
-    config.checkpoint_every = config.steps
-    config.sample.tokens = 100
-    return config
-
-
 def vary(
     config: ConfigDict, mode: str, **variants: Callable[[ConfigDict], ConfigDict]
 ) -> ConfigDict:

@@ -184,9 +184,10 @@ def _validation_loss(metrics: dict[str, float]) -> float:
 
 def _states(iterator) -> list:
     """The data state of each process."""
-    own = np.frombuffer(json.dumps(iterator.get_state()).encode(), np.uint8)
+    state = iterator.get_state()
     if jax.process_count() == 1:
-        return [iterator.get_state()]
+        return [state]
+    own = np.frombuffer(json.dumps(state).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array(own.size))
     padded = np.pad(own, (0, int(lengths.max()) - own.size))
     texts = multihost_utils.process_allgather(padded)

@@ -7,8 +7,8 @@
 A step runs in `jax.shard_map`: each device computes on its own sequences and its own features, and
 all that passes between devices is written down here:
 
-    gather       the weights of a layer over fsdp; in the backward pass its transpose, a sum of the
-                 gradients of which each device keeps its part
+    gather       the weights of a layer over fsdp; in the backward pass once more, and its
+                 transpose, a sum of the gradients of which each device keeps its part
     tensor sum   Y3 over tensor in the FFN; in the backward pass dX
     gradients    over data, once a step, and over fsdp of what is not cut
 
@@ -185,8 +185,8 @@ def gather(params: Any, dtype, *, of_one_layer: bool = False) -> Any:
 def all_but_gathered(primitive, *_: Any, **__: Any) -> bool:
     """A policy of `jax.checkpoint`: all is kept for the backward pass but gathered weights.
 
-    Nor are they in another order or type, of which there is nothing to keep in general: it is made
-    again at no cost.
+    Nor is anything in another order, shape or type, which the weights may be in, and which costs
+    next to nothing to make again.
     """
     return primitive not in (
         jax.lax.all_gather_p,

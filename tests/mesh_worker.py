@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxprs import equations
 from mesh_cases import CASES, STEPS, config_of
 
 from s24jax import model as model_module
@@ -139,20 +140,9 @@ def stacked(config, mode: str) -> list[list[int]]:
     tokens = jax.ShapeDtypeStruct(tokens_of(config).shape, jnp.int32)
     traced = program.train_step.trace(program.state, tokens, mode=mode)
     # The first scan of the program; its first result is the last layer's.
-    (forward, *_) = equations(traced.jaxpr.jaxpr, "scan")
+    found = equations(traced.jaxpr.jaxpr)
+    forward = next(equation for equation in found if equation.primitive.name == "scan")
     return [list(result.aval.shape) for result in forward.outvars[1:]]
-
-
-def equations(jaxpr, name: str) -> list:
-    found = []
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == name:
-            found.append(equation)
-            continue
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            found += equations(inner, name) if hasattr(inner, "eqns") else []
-    return found
 
 
 def without_arrays(found: dict) -> dict:

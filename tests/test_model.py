@@ -11,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 from flax import nnx
+from jaxprs import equations
 from ml_collections import ConfigDict
 
 from configs import base
@@ -287,18 +288,6 @@ def assert_near(actual, expected, bound=1e-5, what=""):
     assert actual.shape == expected.shape, what
     worst = np.abs(actual - expected).max()
     assert worst <= bound * np.abs(expected).max(), f"{what}: off by {worst:.3g}"
-
-
-def equations(jaxpr):
-    """Every equation, those of inner jaxprs too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
 
 
 def scans(function, *args) -> list:

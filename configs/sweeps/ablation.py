@@ -11,15 +11,14 @@ dense_relu2 and full_recipe tell a difference from noise.
 Hardware: one Hopper GPU, some five minutes a row.
 """
 
-from configs import base, lm_100m
-from configs.sweeps import row, sweep_of
+from configs import lm_100m
+from configs.sweeps import row, shared, sweep_of
 
 
 def get_config(mode: str = ""):
     config = lm_100m.get_config()
     config.steps = 1600
-    config.data.source = "python"
-    config = base.vary(base.without_extras(config), mode)
+    config = shared(config, mode)
     # Three matrices of 2/3 of the hidden width have the parameters of two.
     swiglu_hidden = 2 * config.model.hidden // 3
     return sweep_of(

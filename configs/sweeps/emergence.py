@@ -9,16 +9,15 @@ by itself, and the metrics say what 2:4 would drop. The results' profiles are wh
 Hardware: one Hopper GPU, some three minutes a row.
 """
 
-from configs import base, lm_100m
-from configs.sweeps import row, sweep_of
+from configs import lm_100m
+from configs.sweeps import row, shared, sweep_of
 
 
 def get_config(mode: str = ""):
     config = lm_100m.get_config()
     config.steps = 800
     config.model.ffn = "relu2"
-    config.data.source = "python"
-    config = base.vary(base.without_extras(config), mode)
+    config = shared(config, mode)
     return sweep_of(
         "emergence",
         config,

@@ -7,29 +7,26 @@ Models of 30, 100 and 300 million parameters, each dense and 2:4, on 65 million 
 Hardware: one Hopper GPU, two to eight minutes a row.
 """
 
-from configs import base, lm_100m
-from configs.sweeps import row, sweep_of
+from configs import lm_100m
+from configs.sweeps import row, shapes_in, shared, sweep_of
 
 SIZES = {
     "30m": {"layers": 9, "width": 512, "heads": 8, "hidden": 2048},
     "100m": {"layers": 12, "width": 768, "heads": 12, "hidden": 3072},
     "300m": {"layers": 24, "width": 1024, "heads": 16, "hidden": 4096},
 }
-SMALL = {"layers": 1, "width": 16, "heads": 1, "hidden": 64}  # of the smoke variant
 
 
 def get_config(mode: str = ""):
     config = lm_100m.get_config()
     config.steps = 1000
-    config.data.source = "python"
-    config = base.vary(base.without_extras(config), mode)
-    sizes = {name: SMALL for name in SIZES} if mode else SIZES
+    config = shared(config, mode)
     return sweep_of(
         "sizes",
         config,
         *(
             row(f"{size}_{kind}", model={**shape, "ffn": ffn})
-            for size, shape in sizes.items()
+            for size, shape in shapes_in(mode, SIZES).items()
             for kind, ffn in (("dense", "relu2"), ("2to4", "relu2_24"))
         ),
         baseline="100m_dense",

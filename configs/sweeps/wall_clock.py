@@ -9,14 +9,13 @@ Hardware: one Hopper GPU, three to eight minutes a row. Where our kernels cannot
 alike; the record says which implementation each op got.
 """
 
-from configs import base, lm_100m
-from configs.sweeps import row, sweep_of
+from configs import lm_100m
+from configs.sweeps import row, shapes_in, shared, sweep_of
 
 SHAPES = {
     "lm_100m": {},
     "wide": {"layers": 6, "width": 2048, "heads": 16, "hidden": 8192},
 }
-SMALL = {"layers": 1, "width": 16, "heads": 1, "hidden": 64}  # of the smoke variant
 SIDES = {
     "xla": {"ffn": "relu2", "implementation": "reference"},
     "dense": {"ffn": "relu2"},
@@ -27,15 +26,13 @@ SIDES = {
 def get_config(mode: str = ""):
     config = lm_100m.get_config()
     config.steps = 1000
-    config.data.source = "python"
-    config = base.vary(base.without_extras(config), mode)
-    shapes = {name: SMALL for name in SHAPES} if mode else SHAPES
+    config = shared(config, mode)
     return sweep_of(
         "wall_clock",
         config,
         *(
             row(f"{name}_{side}", model={**shape, **changes})
-            for name, shape in shapes.items()
+            for name, shape in shapes_in(mode, SHAPES).items()
             for side, changes in SIDES.items()
         ),
         baseline="lm_100m_xla",

@@ -9,8 +9,8 @@ Hardware: one Hopper GPU with 80 GB, of which jax must take nearly all
 (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95): two states are 37 GB.
 """
 
-from configs import base, paper_1p5b
-from configs.sweeps import row, sweep_of
+from configs import paper_1p5b
+from configs.sweeps import row, shared, sweep_of
 
 
 def get_config(mode: str = ""):
@@ -22,8 +22,7 @@ def get_config(mode: str = ""):
     config.dense_twin = True
     config.optimizer.peak_learning_rate = 1e-3
     config.optimizer.learning_rate_warmup_steps = 100
-    config.data.source = "python"
     config.validation_batches = 2
     config.validate_every = 100
-    config = base.vary(base.without_extras(config), mode)
+    config = shared(config, mode)
     return sweep_of("width", config, row("paper_1p5b"), baseline="paper_1p5b")
