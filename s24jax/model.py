@@ -3,7 +3,7 @@
     tokens -> embedding -> layers x [ x + attention(norm(x)); x + FFN(norm(x)) ] -> norm -> logits
 
 RMSNorm before each part, rotary position embedding, causal attention. The layers are stacked: their
-parameters have a leading axis and one compiled layer is scanned over it.
+parameters have a leading axis and one traced layer is scanned over it.
 """
 
 from collections.abc import Callable
@@ -230,7 +230,11 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
         elif in_parts(layers):
             layer = jax.checkpoint(layer, policy=all_but_gathered)
-        x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers)
+        # A loop copies what its backward pass needs into stacks and out again: 10 % of a step where
+        # everything is kept. With remat little is, and what weights a device gathers, it should
+        # hold for one layer at a time.
+        unroll = self.config.remat == "none" and not in_parts(layers)
+        x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers, unroll=unroll)
         logits_BLV = self._unembed(x_BLD)
         return logits_BLV if observe is None else (logits_BLV, observed)
 
