@@ -36,6 +36,9 @@ ATTENTION = [
 class Attention(nnx.Module):
     """Causal multi-head self-attention through `jax.nn.dot_product_attention`.
 
+    On a mesh that cuts its weights by heads it computes those heads, and their part of the output's
+    sum: columns of `qkv` are the queries, keys and values of the first head, then of the next.
+
     Args:
       config: width, heads, rope_theta, attention (the implementation: auto, xla, cudnn).
       output_gain: factor on the output projection's initial weights.
@@ -43,7 +46,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config, *, output_gain: float, dtype, rngs: nnx.Rngs):
-        self.heads, self.theta = config.heads, config.rope_theta
+        self.head_width, self.theta = config.width // config.heads, config.rope_theta
         chosen = dispatch.resolve("attention", config.attention, ATTENTION, dtype)
         self.implementation = chosen.name
         linear = {"use_bias": False, "dtype": dtype, "rngs": rngs}
@@ -64,13 +67,14 @@ class Attention(nnx.Module):
         Returns:
           the output [B, L, D] and the updated keys and values (None without a past).
         """
-        B, L, D = x_BLD.shape
-        q, k, v = jnp.split(self.qkv(x_BLD).reshape(B, L, self.heads, -1), 3, axis=-1)
+        B, L, _ = x_BLD.shape
+        by_head = self.qkv(x_BLD).reshape(B, L, -1, 3 * self.head_width)
+        q, k, v = jnp.split(by_head, 3, axis=-1)
         start = 0 if past is None else past[2]
         positions_L = start + jnp.arange(L)
         q, k = (rotate(y, positions_L, self.theta) for y in (q, k))
         if past is None:
-            return self.out(self._among_themselves(q, k, v).reshape(B, L, D)), None
+            return self.out(self._among_themselves(q, k, v).reshape(B, L, -1)), None
         keys = jax.lax.dynamic_update_slice_in_dim(past[0], k, start, axis=1)
         values = jax.lax.dynamic_update_slice_in_dim(past[1], v, start, axis=1)
 
@@ -83,7 +87,7 @@ class Attention(nnx.Module):
         else:
             # A prompt that begins a sequence has no past: no mask over the room in the cache.
             mixed = jax.lax.cond(start == 0, lambda: self._among_themselves(q, k, v), over_all_past)
-        return self.out(mixed.reshape(B, L, D)), (keys, values)
+        return self.out(mixed.reshape(B, L, -1)), (keys, values)
 
     def _among_themselves(self, q_BLHC: Array, k_BLHC: Array, v_BLHC: Array) -> Array:
         return jax.nn.dot_product_attention(

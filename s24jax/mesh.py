@@ -2,18 +2,19 @@
 
     data      copies of the model; each takes its own sequences
     fsdp      the same, but every weight is cut along D, and gathered for the layer that needs it
-    tensor    FFN weights are cut along F; every device of a group takes the same sequences
+    tensor    FFN weights are cut along F, attention's by heads; every device of a group takes the
+              same sequences
 
-A step runs in `jax.shard_map`: each device computes on its own sequences and its own features, and
-all that passes between devices is written down here:
+A step runs in `jax.shard_map`: each device computes on its own sequences, its own features and its
+own heads, and all that passes between devices is written down here:
 
     gather       the weights of a layer over fsdp; in the backward pass once more, and its
                  transpose, a sum of the gradients of which each device keeps its part
-    tensor sum   Y3 over tensor in the FFN; in the backward pass dX
+    tensor sum   over tensor the FFN's Y3 and attention's output; in the backward pass their dX
     gradients    over data, once a step, and over fsdp of what is not cut
 
-Attention is the same on all devices of a tensor group. jax's types of values that vary over an axis
-(`varying(x)`) put the sums of the backward pass in their places.
+Embedding and logits are the same on all devices of a tensor group. jax's types of values that vary
+over an axis (`varying(x)`) put the sums of the backward pass in their places.
 """
 
 import math
@@ -41,8 +42,8 @@ _RULES: Mapping[tuple[str, ...], P] = {
     ("w_up",): P(None, TENSOR, FSDP),  # layers, F, D
     ("w_gate",): P(None, TENSOR, FSDP),
     ("w_down",): P(None, TENSOR, FSDP),
-    ("qkv", "kernel"): P(None, FSDP),  # layers, D, 3 D
-    ("out", "kernel"): P(None, None, FSDP),  # layers, H * C, D
+    ("qkv", "kernel"): P(None, FSDP, TENSOR),  # layers, D, H * 3 C
+    ("out", "kernel"): P(None, TENSOR, FSDP),  # layers, H * C, D
     ("embedding", "embedding"): P(None, FSDP),  # V, D
     ("unembedding", "kernel"): P(FSDP),  # D, V
 }
@@ -82,7 +83,7 @@ def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
 
     Args:
       sizes: of the mesh.
-      model: width, hidden, ffn and recipe of a configuration.
+      model: width, heads, hidden, ffn and recipe of a configuration.
       batch_size: sequences of a microbatch.
     """
     shards = sizes[DATA] * sizes[FSDP]
@@ -100,6 +101,11 @@ def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
         raise InvalidInput(
             f"model.width={model.width} does not split into mesh.fsdp={sizes[FSDP]} equal parts"
             "; make it a multiple"
+        )
+    if model.heads % sizes[TENSOR]:
+        raise InvalidInput(
+            f"model.heads={model.heads} do not split over mesh.tensor={sizes[TENSOR]} devices; "
+            "make it a multiple"
         )
     if sizes[TENSOR] > 1 and model.hidden % (4 * sizes[TENSOR]):
         raise InvalidInput(
@@ -160,7 +166,7 @@ def mean_gradients(grads_of: Callable, params: Any, tokens: Array) -> tuple[Arra
 
 
 def gather(params: Any, dtype, *, of_one_layer: bool = False) -> Any:
-    """Whole weights, but for the cut along F, from each device's part of them.
+    """Weights whole along D, from each device's part of them.
 
     They are rounded to `dtype`, in which they are multiplied, before they travel; so are their
     gradients on the way back. Outside `shard_map` it does nothing.

@@ -168,7 +168,7 @@ class Block(nnx.Module):
     def __call__(self, x_BLD: Array, *, mode: FFNMode, past=None):
         """The layer's output, the input of its FFN (after the norm), and the updated cache."""
         attended, past = self.attention(self.attention_norm(x_BLD), past)
-        x_BLD = x_BLD + attended
+        x_BLD = x_BLD + tensor_sum(attended)
         h_BLD = self.ffn_norm(x_BLD)
         return x_BLD + tensor_sum(self.ffn(h_BLD, mode)), h_BLD, past
 

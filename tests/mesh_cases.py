@@ -20,9 +20,10 @@ CASES = {
 
 
 def config_of(mesh, changes):
-    """Two layers, D 16, F 64 of which each of eight devices can have a part; float32."""
+    """Two layers in float32, D 16, F 64 and 8 heads: each of eight devices can have a part."""
     config = lm_100m.get_config("smoke")
-    config.batch_size, config.sequence_length = 8, 12
+    config.batch_size, config.sequence_length = 8, 10
+    config.model.heads = 8
     config.model.recipe.dense_multiple = 2
     config.model.implementation = "reference"
     config.mesh.update(dict(zip(("data", "fsdp", "tensor"), mesh, strict=True)))

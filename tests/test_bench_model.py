@@ -181,8 +181,10 @@ def test_an_estimate_by_hand():
     assert step.data == pytest.approx(2 * weights / 2 / 2 * 4 / 40e9)
     assert step.tensor == 0
     halves = estimate.step_of(m._replace(fsdp=1, tensor=2), 4)
-    assert halves.tensor == pytest.approx(2 * (2 * 2 * (2 * tokens) * 4 * 2 / 2) / 370e9)
+    assert halves.tensor == pytest.approx(2 * (4 * 2 * (2 * tokens) * 4 * 2 / 2) / 370e9)
     assert halves.dense - halves.sparse == pytest.approx(step.dense - step.sparse)
+    logits = 3 * tokens * 2 * 4 * 8 / (88e12 / 0.287)  # once more: twice the tokens, half the rest
+    assert halves.sparse == pytest.approx(step.sparse + logits)
 
 
 def test_gains():
@@ -257,8 +259,8 @@ def test_scaling_on_eight_devices(tmp_path):
     # A layer's weights come twice, the tables once, and all gradients go home.
     whole = 4 * 7 / 8 * (2 * (weights - tables) + tables + weights + 2 * (scales + 1))
     assert fsdp["received_gb_fsdp"] * 1e9 == pytest.approx(whole, rel=1e-3)
-    # Y3 and dX, to each device that of its other half.
-    assert all_three["received_gb_tensor"] * 1e9 == pytest.approx(2 * 64 * 16 * 4, rel=1e-3)
+    # Outputs and inputs' gradients of attention and FFN, to each device those of its other half.
+    assert all_three["received_gb_tensor"] * 1e9 == pytest.approx(4 * 64 * 16 * 4, rel=1e-3)
 
 
 @pytest.mark.parametrize("flag", ["--meshes=2x2", "--meshes=8x1x1,"])

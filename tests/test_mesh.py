@@ -54,8 +54,9 @@ def test_a_mesh_computes_what_one_device_finds_part_by_part(results, name):
     assert mesh["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
     assert mesh["validation"] == pytest.approx(oracle["validation"], rel=1e-6)
     assert found["moved"] > 1e-3
-    # Adam divides by the gradient's own size: where it is next to nothing, rounding shows.
-    assert found["moved_apart"] < 1e-4
+    # Adam divides by the gradient's own size: where it is next to nothing, rounding shows. One such
+    # weight of 16 thousand makes 2e-4.
+    assert found["moved_apart"] < 1e-3
     if not name.startswith("swiglu"):  # whose probe is nothing that a run asks for
         assert 0.4 < mesh["probe"] < 0.6
 
@@ -70,14 +71,14 @@ def test_without_feature_wise_pruning_a_mesh_computes_what_one_device_does(resul
 
 
 def test_every_weight_is_cut(results):
-    """Two parts along D, and of the FFN's two along F; scales are whole."""
+    """Two parts along D, two along F or of the heads; scales are whole."""
     for path, pieces in results["cases"]["full recipe (2, 2, 2)"]["mesh"]["pieces"].items():
-        expected = 1 if "scale" in path else 4 if "w_" in path else 2
+        expected = 1 if "scale" in path else 2 if "embedding" in path else 4
         assert pieces == expected, path
 
 
 def test_2to4_exchanges_what_dense_training_does(results):
-    """No tokens are gathered: of D 16, F 64, 2 sequences of 12 tokens a device."""
+    """No tokens are gathered: of D 16, F 64, 8 heads, 2 sequences of 10 tokens a device."""
     dense, sparse = (results["collectives"][mode] for mode in ("dense", "sparse24"))
     assert sparse == dense
     kinds = {kind: {} for kind in ("all-gather", "reduce-scatter", "all-reduce")}
@@ -85,20 +86,22 @@ def test_2to4_exchanges_what_dense_training_does(results):
         kind, shape = written.split()
         kinds[kind][tuple(map(int, re.findall(r"\d+", shape.partition("[")[2])))] = count
     # A layer's weights are gathered for its forward pass and again for its backward pass.
-    weights = {(16, 48): 2, (16, 16): 2, (32, 16): 4, (16, 256): 1, (256, 16): 1}
+    weights = {(16, 24): 2, (8, 16): 2, (32, 16): 4, (16, 256): 1, (256, 16): 1}
     assert kinds["all-gather"] == weights
     # Each weight's gradient returns to where its part lies.
-    parts = {(8, 48): 1, (16, 8): 1, (32, 8): 2, (8, 256): 1, (256, 8): 1}
+    parts = {(8, 24): 1, (8, 8): 1, (32, 8): 2, (8, 256): 1, (256, 8): 1}
     assert kinds["reduce-scatter"] == parts
-    # What is summed over the tensor group: Y3 and dX; the rest has no axis of tokens.
-    assert {s for s in kinds["all-reduce"] if 12 in s or 24 in s} == {(2, 12, 16), (24, 16)}
+    # What is summed over the tensor group: the outputs of attention and FFN, and the gradients of
+    # their inputs, the FFN's as [B * L, D]; the rest has no axis of tokens.
+    sums = {shape: n for shape, n in kinds["all-reduce"].items() if 10 in shape or 20 in shape}
+    assert sums == {(2, 10, 16): 3, (20, 16): 1}
 
 
 def test_no_gathered_weight_is_kept_for_the_backward_pass(results):
     """Of what the scan over layers stacks; the last two of a weight's axes are D and its other."""
     for shapes in results["stacked"].values():
-        assert [2, 2, 12, 16] in shapes, "the tokens' activations"
-        for weight in ([16, 48], [48, 16], [16, 16], [32, 16], [16, 32]):
+        assert [2, 2, 10, 16] in shapes, "the tokens' activations"
+        for weight in ([16, 24], [24, 16], [16, 8], [8, 16], [32, 16], [16, 32]):
             assert [2, *weight] not in shapes
 
 
@@ -111,7 +114,7 @@ def test_every_parameter_has_a_rule_or_is_small():
         for (path, spec), leaf in zip(parts, jax.tree.leaves(state), strict=True):
             if leaf.size > 12 * 768:
                 assert meshes.FSDP in spec, path
-                assert (meshes.TENSOR in spec) == ("w_" in jax.tree_util.keystr(path)), path
+                assert (meshes.TENSOR in spec) != ("embedding" in jax.tree_util.keystr(path)), path
             else:
                 assert not any(spec), path
 
@@ -211,6 +214,7 @@ def test_sizes_that_do_not_fit(shape, words):
             {"model.hidden": 48},
             "model.hidden=48 does not split into mesh.tensor=8 parts",
         ),
+        ((1, 1, 3), {}, "model.heads=8 do not split over mesh.tensor=3 devices; make it"),
     ],
 )
 def test_models_that_do_not_fit(shape, changes, words):

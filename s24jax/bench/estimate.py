@@ -5,10 +5,11 @@ A step of a model on N GPUs, in seconds:
     compute = microbatches * (layers * FFN + rest)
     fsdp    = microbatches * bytes of (two gathers of the weights, one scattered sum) / rate
     data    = bytes of one sum of the gradients / rate
-    tensor  = microbatches * layers * bytes of two sums of activations / rate
+    tensor  = microbatches * layers * bytes of four sums of activations / rate
 
 With overlap a step takes max(compute, fsdp + data) + tensor, for nothing else can be computed while
-Y3 or dX is summed; without, the sum of all. 2:4 changes the time of the FFN alone.
+the outputs of FFN and attention or their inputs' gradients are summed; without, the sum of all. 2:4
+changes the time of the FFN alone.
 
 Assumptions:
     FFN      forward and backward as measured on an H100 (experiments/002), of XLA and of 2:4
@@ -17,7 +18,7 @@ Assumptions:
     rates    what a GPU receives: 370 GB/s inside a node of eight, 40 GB/s between nodes, some four
              fifths of what the data sheets of NVLink 4 and of a 400 Gbit/s adapter name
     mesh     tensor inside a node; fsdp inside a node as well, where the model then fits, else over
-             nodes. Attention is the same on all GPUs of a tensor group, as `s24jax.mesh` has it
+             nodes. Logits are the same on all GPUs of a tensor group, as `s24jax.mesh` has it
     batch    4,194,304 tokens a step, microbatches of at most 16,384 tokens for each GPU that has
              sequences of its own
 """
@@ -81,17 +82,17 @@ def step_of(model: Model, gpus: int) -> Step:
     data = gpus // (m.fsdp * m.tensor)
     tokens = BATCH // (data * m.fsdp)
     microbatches = math.ceil(tokens / MICROBATCH)
-    # Attention is the same on all GPUs of a tensor group; a token looks at half of its context.
-    layer = 2 * 4 * m.width**2 + 4 * m.width * CONTEXT // 2
-    rest = 3 * (m.layers * layer + 2 * m.width * m.vocabulary) * tokens / REST_FLOPS
-    ffn_tokens = tokens * m.layers / m.tensor
-    own = m.layers * (4 * m.width**2 + 2 * m.width * m.hidden / m.tensor) + m.width * m.vocabulary
+    layers = m.layers / m.tensor  # of which a GPU has a part; logits it has whole
+    # A token looks at half of its context.
+    attention = 2 * 4 * m.width**2 + 4 * m.width * CONTEXT // 2
+    rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens / REST_FLOPS
+    own = layers * (4 * m.width**2 + 2 * m.width * m.hidden) + m.width * m.vocabulary
     gathered = 3 * BF16 * own * (m.fsdp - 1) / m.fsdp
     summed = 2 * FLOAT32 * own / m.fsdp * (data - 1) / data
-    activations = 2 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
+    activations = 4 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
     return Step(
-        dense=rest + ffn_tokens * m.dense_ffn,
-        sparse=rest + ffn_tokens * m.sparse_ffn,
+        dense=rest + layers * tokens * m.dense_ffn,
+        sparse=rest + layers * tokens * m.sparse_ffn,
         fsdp=microbatches * gathered / (INSIDE if m.fsdp * m.tensor <= NODE else BETWEEN),
         data=summed / BETWEEN,
         tensor=m.layers * activations / INSIDE,
