@@ -80,7 +80,11 @@ class Program(NamedTuple):
 def token_loss(model: Transformer, tokens: Int[Array, "B L1"], mode: FFNMode) -> Float[Array, ""]:
     """Mean cross-entropy of the next token, in nats: tokens[:, :-1] predict tokens[:, 1:]."""
     logits_BLV = model(tokens[:, :-1], mode=mode)
-    return optax.softmax_cross_entropy_with_integer_labels(logits_BLV, tokens[:, 1:]).mean()
+    # Not optax's form for integer labels: the gradient of its lookup is a scatter, for which XLA
+    # writes all logits in float32 first, 8.6 GB of 16,384 tokens and V 131,072. One-hot labels are
+    # a comparison, which it does where it reads the logits.
+    labels_BLV = jax.nn.one_hot(tokens[:, 1:], logits_BLV.shape[-1])
+    return optax.softmax_cross_entropy(logits_BLV, labels_BLV).mean()
 
 
 def make_program(config, mesh: Mesh | None = None) -> Program:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import oracles
 import pytest
+from jaxprs import equations
 
 from configs import base, quickstart
 from s24jax import train as training
@@ -90,6 +91,17 @@ GOLDEN = {
 @pytest.mark.parametrize("mode", GOLDEN)
 def test_golden_first_step(first_steps, mode):
     np.testing.assert_allclose(first_steps[mode], GOLDEN[mode], rtol=1e-5)
+
+
+@pytest.mark.parametrize("mode", GOLDEN)
+def test_of_what_is_as_long_as_the_vocabulary_only_the_embedding_is_scattered(mode):
+    """A scatter into the logits' gradient would have them written in float32 first."""
+    program = make_program(quickstart.get_config("smoke"))
+    tokens = jax.ShapeDtypeStruct((4, 33), np.int32)
+    traced = program.train_step.trace(program.state, tokens, mode=mode)
+    scatters = [e for e in equations(traced.jaxpr.jaxpr) if e.primitive.name.startswith("scatter")]
+    shapes = [equation.outvars[0].aval.shape for equation in scatters]
+    assert [shape for shape in shapes if 256 in shape] == [(256, 16)]
 
 
 def test_accumulated_gradients_are_the_batchs(data_dir):
