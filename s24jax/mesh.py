@@ -10,8 +10,10 @@ own heads, and all that passes between devices is written down here:
 
     gather       the weights of a layer over fsdp; in the backward pass once more, and its
                  transpose, a sum of the gradients of which each device keeps its part
-    tensor sum   over tensor the FFN's Y3 and attention's output; in the backward pass their dX
+    tensor sum   over tensor the FFN's Y3 and attention's output; in the backward pass their dX,
+                 and with remat "full" attention's output once more
     gradients    over data, once a step, and over fsdp of what is not cut
+    means        of the loss and of metrics, a few numbers
 
 Embedding and logits are the same on all devices of a tensor group. jax's types of values that vary
 over an axis (`varying(x)`) put the sums of the backward pass in their places.
@@ -23,6 +25,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -33,6 +36,7 @@ AXES = DATA, FSDP, TENSOR = "data", "fsdp", "tensor"
 BATCH = DATA, FSDP
 """The axes over which sequences are dealt out."""
 SEQUENCES = P(BATCH)
+SUMMED = "tensor_sum"
 STACKED = "blocks"
 """Where in a model's parameters the layers are, stacked along their first axis."""
 
@@ -83,7 +87,7 @@ def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
 
     Args:
       sizes: of the mesh.
-      model: width, heads, hidden, ffn and recipe of a configuration.
+      model: width, heads and hidden of a configuration.
       batch_size: sequences of a microbatch.
     """
     shards = sizes[DATA] * sizes[FSDP]
@@ -114,14 +118,14 @@ def check_model(sizes: Mapping[str, int], model, batch_size: int) -> None:
         )
 
 
-def specs(tree: Any) -> Any:
+def specs(sizes: Mapping[str, int], tree: Any) -> Any:
     """The `PartitionSpec` of each leaf of a tree of parameters or of a train state."""
-    return jax.tree_util.tree_map_with_path(_spec, tree)
+    return jax.tree_util.tree_map_with_path(lambda path, _: _that_cut(sizes, _rule(path)), tree)
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """`specs`, on a mesh."""
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(mesh.shape, tree))
 
 
 def on_mesh(mesh: Mesh, function: Callable, params: Any, results: Any) -> Callable:
@@ -135,7 +139,7 @@ def on_mesh(mesh: Mesh, function: Callable, params: Any, results: Any) -> Callab
     """
     if mesh.size == 1:
         return function
-    operands = specs(params), SEQUENCES
+    operands = specs(mesh.shape, params), _that_cut(mesh.shape, SEQUENCES)
     return jax.shard_map(function, mesh=mesh, in_specs=operands, out_specs=results)
 
 
@@ -179,7 +183,7 @@ def gather(params: Any, dtype, *, of_one_layer: bool = False) -> Any:
     def whole(path, leaf):
         if _name(path[0]) == STACKED or FSDP not in varying(leaf):
             return leaf
-        spec = tuple(_spec(path, leaf))[1 if of_one_layer else 0 :]
+        spec = tuple(_rule(path))[1 if of_one_layer else 0 :]
         if FSDP not in spec:
             return leaf
         part = leaf.astype(dtype)
@@ -208,8 +212,13 @@ def in_parts(tree: Any) -> bool:
 
 
 def tensor_sum(array: Array) -> Array:
-    """The sum of what the devices of a tensor group computed, where they differ."""
-    return jax.lax.psum(array, TENSOR) if TENSOR in varying(array) else array
+    """The sum of what the devices of a tensor group computed, where they differ.
+
+    It is named for a policy of `jax.checkpoint`, which should not have it travel again.
+    """
+    if TENSOR not in varying(array):
+        return array
+    return checkpoint_name(jax.lax.psum(array, TENSOR), SUMMED)
 
 
 def mean_over_devices(tree: Any) -> Any:
@@ -250,7 +259,17 @@ def vary(array: Array, axes: tuple[str, ...]) -> Array:
     return jax.lax.pcast(array, axes, to="varying") if axes else array
 
 
-def _spec(path, leaf) -> P:
+def _that_cut(sizes: Mapping[str, int], spec: P) -> P:
+    """A spec without the axes of size 1: over what is not cut, nothing varies and nothing passes."""
+
+    def of_one(axes):
+        named = axes if isinstance(axes, tuple) else (axes,)
+        return tuple(axis for axis in named if axis and sizes[axis] > 1) or None
+
+    return P(*map(of_one, spec))
+
+
+def _rule(path) -> P:
     names = tuple(_name(key) for key in path)
     for rule, spec in _RULES.items():
         # A parameter's path ends, in flax, on the key of its value.

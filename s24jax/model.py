@@ -3,7 +3,7 @@
     tokens -> embedding -> layers x [ x + attention(norm(x)); x + FFN(norm(x)) ] -> norm -> logits
 
 RMSNorm before each part, rotary position embedding, causal attention. The layers are stacked: their
-parameters have a leading axis and one traced layer is scanned over it.
+parameters have a leading axis, and one layer is traced and scanned over it.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from flax import nnx
 from s24jax.attention import Attention
 from s24jax.errors import InvalidInput
 from s24jax.ffn import SAVED_Y2, ffn24
-from s24jax.mesh import all_but_gathered, gather, in_parts, tensor_sum
+from s24jax.mesh import SUMMED, all_but_gathered, gather, in_parts, tensor_sum
 from s24jax.ops import dispatch
 from s24jax.ops.relu2_ffn import SAVED_HIDDEN, relu2_ffn
 from s24jax.recipe import Recipe
@@ -26,7 +26,7 @@ FFNKind = Literal["swiglu", "gelu", "relu2", "relu2_24"]
 Remat = Literal["none", "full", "save_y2"]
 REMAT_POLICIES = {
     "full": None,
-    "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2, SAVED_HIDDEN),
+    "save_y2": jax.checkpoint_policies.save_only_these_names(SAVED_Y2, SAVED_HIDDEN, SUMMED),
 }
 
 
@@ -230,9 +230,10 @@ class Transformer(nnx.Module):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
         elif in_parts(layers):
             layer = jax.checkpoint(layer, policy=all_but_gathered)
-        # A loop copies what its backward pass needs into stacks and out again: 10 % of a step where
-        # everything is kept. With remat little is, and what weights a device gathers, it should
-        # hold for one layer at a time.
+        # To XLA the layers are a loop, or are written out one after the other. A loop copies what
+        # its backward pass needs into stacks and out again: 10 % of a step where everything is
+        # kept. With remat little is; and what weights a device gathers, it should hold for one
+        # layer at a time.
         unroll = self.config.remat == "none" and not in_parts(layers)
         x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers, unroll=unroll)
         logits_BLV = self._unembed(x_BLD)

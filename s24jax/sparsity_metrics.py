@@ -34,7 +34,9 @@ def sparsity(y1_TF: Float[Array, "T F"], recipe: Recipe) -> dict[str, Float[Arra
     """What one layer's pre-activations give, and what `recipe`'s groupings and split drop.
 
     Token-wise and feature-wise pruning are applied one after the other whatever the recipe turns
-    off, so that a dense run and every ablation are described in the same terms.
+    off, so that a dense run and every ablation are described in the same terms. On a mesh each
+    device describes its own tokens and features, as it prunes them, and the means are reported:
+    but for zeros and what is dropped token-wise they depend on the mesh.
 
     Returns (shares lie in 0..1; "energy" is the sum of squares of Y2):
       zero_share: zeros in Y2.

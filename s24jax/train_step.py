@@ -131,7 +131,7 @@ def make_program(config, mesh: Mesh | None = None) -> Program:
         return mean_gradients(grads_of, params, tokens)
 
     def train_step(state, tokens, mode):
-        results = P(), specs(state.params)
+        results = P(), specs(mesh.shape, state.params)
         grads_of = on_mesh(mesh, partial(loss_and_grads, mode=mode), state.params, results)
         value, grads = grads_of(state.params, tokens)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)

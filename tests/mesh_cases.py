@@ -4,6 +4,8 @@ from configs import lm_100m
 
 STEPS = 2
 ALL = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 1, 2), (1, 4, 2)]
+# Loops over layers in a step, forward and backward, by mesh: where weights are cut along D.
+LOOPS = {(8, 1, 1): 0, (1, 1, 8): 0, (1, 8, 1): 2, (2, 2, 2): 2}
 # Mode of the FFN, the keys that a case changes, and the meshes (data, fsdp, tensor) it is tried on.
 CASES = {
     "dense": ("dense", {}, [(2, 2, 2)]),

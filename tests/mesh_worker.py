@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxprs import equations
-from mesh_cases import CASES, STEPS, config_of
+from mesh_cases import CASES, LOOPS, STEPS, config_of
 
 from s24jax import model as model_module
 from s24jax.ffn import ffn24
@@ -50,7 +50,7 @@ def on_the_mesh(config, mode: str) -> dict:
         "start": start,
         "params": flat(state.params),
         "validation": float(program.loss(state.params, tokens, mode=mode)),
-        "probe": float(program.probe(state.params, tokens)["zero_share"].mean()),
+        "zeros": program.probe(state.params, tokens)["zero_share"].tolist(),
         "pieces": pieces(state.params),
     }
 
@@ -76,6 +76,14 @@ def in_parts(ffn, parts: int):
         return sum(ffn(x, up, down, **how) for up, down in cut)
 
     return summed
+
+
+def zeros_of(transformer, tokens) -> list[float]:
+    """The share of pre-activations that are not positive, of each layer."""
+    _, inputs = transformer(tokens[:, :-1], observe=lambda _, h: h)
+    ups = np.asarray(transformer.blocks.ffn.w_up[...])
+    pairs = zip(np.asarray(inputs), ups, strict=True)
+    return [float(np.mean(h @ up.T <= 0)) for h, up in pairs]
 
 
 def oracle(config, mode: str) -> dict:
@@ -111,12 +119,14 @@ def oracle(config, mode: str) -> dict:
         params = optax.apply_updates(params, updates)
     model_module.ffn24, model_module.relu2_ffn = ffn24, relu2_ffn
     validation = float(np.mean([loss_and_grads(params, part)[0] for part in parts]))
+    zeros = np.mean([zeros_of(nnx.merge(graph, params), part) for part in parts], axis=0)
     return {
         "loss": losses,
         "grad_norm": norms,
         "start": start,
         "params": flat(params),
         "validation": validation,
+        "zeros": zeros.tolist(),
     }
 
 
@@ -145,6 +155,14 @@ def stacked(config, mode: str) -> list[list[int]]:
     return [list(result.aval.shape) for result in forward.outvars[1:]]
 
 
+def loops(config) -> int:
+    """Of a step, as XLA is given it."""
+    program = make_program(config)
+    tokens = jax.ShapeDtypeStruct(tokens_of(config).shape, jnp.int32)
+    lowered = program.train_step.lower(program.state, tokens, mode="dense")
+    return lowered.as_text().count("stablehlo.while")
+
+
 def without_arrays(found: dict) -> dict:
     return {name: value for name, value in found.items() if not isinstance(value, np.ndarray)}
 
@@ -164,7 +182,7 @@ def compared(config, mode: str) -> dict:
 
 
 def main(path: str) -> None:
-    results = {"cases": {}, "collectives": {}, "stacked": {}}
+    results = {"cases": {}, "collectives": {}, "stacked": {}, "loops": {}}
     for name, (mode, changes, meshes) in CASES.items():
         for mesh in meshes:
             results["cases"][f"{name} {mesh}"] = compared(config_of(mesh, changes), mode)
@@ -173,6 +191,11 @@ def main(path: str) -> None:
     for mode in ("dense", "sparse24"):
         results["collectives"][mode] = collectives(config_of((2, 2, 2), {}), mode)
         results["stacked"][mode] = stacked(config_of((2, 2, 2), {}), mode)
+    for remat in ("save_y2", "full"):
+        changed = config_of((1, 1, 8), {"model.remat": remat})
+        results["collectives"][remat] = collectives(changed, "sparse24")
+    for mesh in LOOPS:
+        results["loops"][str(mesh)] = loops(config_of(mesh, {}))
     for ffn in ("swiglu", "gelu"):
         results["stacked"][ffn] = stacked(config_of((2, 2, 2), {"model.ffn": ffn}), "dense")
     with open(path, "w") as file:

@@ -175,16 +175,26 @@ def test_an_estimate_by_hand():
     layer = 2 * 4 * 4 * 4 + 4 * 4 * 2048
     rest = 3 * tokens * (2 * layer + 2 * 4 * 8) / (88e12 / 0.287)
     assert step.sparse == pytest.approx(rest + tokens * 2 * 2e-6)
-    weights = 2 * (4 * 4 * 4 + 2 * 4 * 16) + 4 * 8
-    # 64 microbatches; half of the weights come, twice, and half of the gradients go, 2 bytes each.
-    assert step.fsdp == pytest.approx(64 * 3 * weights / 2 * 2 / 370e9)
-    assert step.data == pytest.approx(2 * weights / 2 / 2 * 4 / 40e9)
+    weights, table = 2 * (4 * 4 * 4 + 2 * 4 * 16), 4 * 8
+    # 64 microbatches; half of the layers' weights come twice, half of the table once, and half of
+    # the gradients go, 2 bytes each.
+    assert step.fsdp == pytest.approx(64 * (3 * weights + 2 * table) / 2 * 2 / 370e9)
+    assert step.data == pytest.approx(2 * (weights + table) / 2 / 2 * 4 / 40e9)
     assert step.tensor == 0
     halves = estimate.step_of(m._replace(fsdp=1, tensor=2), 4)
     assert halves.tensor == pytest.approx(2 * (4 * 2 * (2 * tokens) * 4 * 2 / 2) / 370e9)
     assert halves.dense - halves.sparse == pytest.approx(step.dense - step.sparse)
     logits = 3 * tokens * 2 * 4 * 8 / (88e12 / 0.287)  # once more: twice the tokens, half the rest
     assert halves.sparse == pytest.approx(step.sparse + logits)
+
+
+def test_the_estimates_bytes_are_those_of_a_program():
+    """Of the 1.5B model on two GPUs, one microbatch, as `bench scaling` recorded them."""
+    _, *rows = json.loads((ROOT / "experiments/004_many_devices/scaling.json").read_text())
+    (recorded,) = {row["received_gb"] for row in rows if row["mesh"] == "1x2x1"}
+    step = estimate.step_of(estimate.MODELS["1.5B"]._replace(fsdp=2), 2)
+    microbatches = estimate.BATCH // 2 // estimate.MICROBATCH
+    assert step.fsdp * 370 / microbatches == pytest.approx(recorded, rel=1e-3)
 
 
 def test_gains():

@@ -843,7 +843,8 @@ def test_training_follows_the_reference_and_keeps_its_memory():
     ],
 )
 def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
-    """All layers are one scan. XLA may run a call twice where its result is kept and used."""
+    """Written once where layers are a loop, else in each. XLA may run a call twice where its result
+    is kept and used."""
     config = lm_100m.get_config("smoke")
     config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
     config.model.dtype, config.model.remat = "bfloat16", remat
@@ -851,7 +852,8 @@ def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
     tokens = jnp.zeros((4, 65), jnp.int32)
     compiled = program.train_step.lower(program.init(), tokens, mode=mode).compile().as_text()
     found = re.findall(r'custom_call_target="s24jax_(\w+)"', compiled)
-    assert {name: found.count(name) for name in set(found)} == calls
+    written = config.model.layers if remat == "none" else 1
+    assert {name: found.count(name) / written for name in set(found)} == calls
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])

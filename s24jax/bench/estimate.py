@@ -3,7 +3,8 @@
 A step of a model on N GPUs, in seconds:
 
     compute = microbatches * (layers * FFN + rest)
-    fsdp    = microbatches * bytes of (two gathers of the weights, one scattered sum) / rate
+    fsdp    = microbatches * bytes of (two gathers of the layers' weights, one of the embedding,
+              one scattered sum of all gradients) / rate
     data    = bytes of one sum of the gradients / rate
     tensor  = microbatches * layers * bytes of four sums of activations / rate
 
@@ -86,9 +87,10 @@ def step_of(model: Model, gpus: int) -> Step:
     # A token looks at half of its context.
     attention = 2 * 4 * m.width**2 + 4 * m.width * CONTEXT // 2
     rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens / REST_FLOPS
-    own = layers * (4 * m.width**2 + 2 * m.width * m.hidden) + m.width * m.vocabulary
-    gathered = 3 * BF16 * own * (m.fsdp - 1) / m.fsdp
-    summed = 2 * FLOAT32 * own / m.fsdp * (data - 1) / data
+    weights = layers * (4 * m.width**2 + 2 * m.width * m.hidden)
+    embedding = m.width * m.vocabulary
+    gathered = BF16 * (3 * weights + 2 * embedding) * (m.fsdp - 1) / m.fsdp
+    summed = 2 * FLOAT32 * (weights + embedding) / m.fsdp * (data - 1) / data
     activations = 4 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
     return Step(
         dense=rest + layers * tokens * m.dense_ffn,
