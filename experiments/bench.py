@@ -7,7 +7,7 @@ python -m experiments.bench ffn --profile=FILE.json[:ROW] [as above]
 python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--widths=D,...]
     [--tokens=N,...] [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
     [--figure=FILE.png|svg]
-python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above]
+python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above, without --figure]
 python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
@@ -38,18 +38,41 @@ from s24jax import device
 from s24jax.bench import estimate, ffn, gemm, model, sparsify
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
+from s24jax.bench.model_figure import MODEL_BENCHES
 from s24jax.bench.profile import profiled
 from s24jax.bench.rows import environment, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_counts, parse_names, parse_shapes
 from s24jax.bench.table import table
 from s24jax.bench.tune import tune
 from s24jax.errors import InvalidInput
+from s24jax.sparsity_metrics import SQUARED_RELU
 from s24jax.writer import write_bytes
 
 BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
 BESIDE_TORCH = ("gemm", "sparsify")
 COMMANDS = (*BENCHES, *model.PRODUCTS, "estimate", "draw")
 MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
+_TIMED = (*BENCHES, *model.PRODUCTS)
+# What each flag goes with; elsewhere it would say nothing.
+_GOES_WITH = {
+    "json": (*_TIMED, "draw"),
+    "table": (*_TIMED, "draw"),
+    "figure": (*BENCHES, *MODEL_BENCHES, "draw"),
+    "shapes": tuple(BENCHES),
+    "products": tuple(BENCHES),
+    "implementations": _TIMED,
+    "rounds": _TIMED,
+    "from-workdir": ("ffn",),
+    "profile": ("ffn",),
+    "models": model.PRODUCTS,
+    "layers": model.PRODUCTS,
+    "widths": model.PRODUCTS,
+    "tokens": model.PRODUCTS,
+    "meshes": ("scaling",),
+    "tune": ("gemm",),
+}
+# Each says on what operands ffn runs.
+_ONE_OF = ("from-workdir", "profile"), ("from-workdir", "shapes")
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -75,6 +98,7 @@ def main(arguments: list[str]) -> None:
         raise InvalidInput(
             f"{command!r} is no bench; write {', '.join(others)} or {last} before the flags"
         )
+    _check_flags(command)
     if FIGURE.value:
         check_format(FIGURE.value)
     if command in BESIDE_TORCH:
@@ -82,8 +106,6 @@ def main(arguments: list[str]) -> None:
         # The others need them in one piece: in a pool that grows, a large model found none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if TUNE.value:
-        if command != "gemm":
-            raise InvalidInput(f"--tune goes with gemm, not with {command}; leave it out")
         for line in tune(_shapes(), ROUNDS.value):
             print(line)
     elif command == "estimate":
@@ -98,19 +120,24 @@ def main(arguments: list[str]) -> None:
         _show(_run(run, " ".join(["python -m experiments.bench", *arguments])))
 
 
+def _check_flags(command: str) -> None:
+    given = [name for name in _GOES_WITH if flags.FLAGS[name].present]
+    for name in given:
+        if command not in _GOES_WITH[name]:
+            fitting = ", ".join(_GOES_WITH[name])
+            raise InvalidInput(f"--{name} goes with {fitting}, not with {command}; leave it out")
+    for pair in _ONE_OF:
+        if set(pair) <= set(given):
+            raise InvalidInput(f"--{pair[0]} and --{pair[1]} exclude each other; leave one out")
+
+
 def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
     products = _names("products", PRODUCTS.value, bench.PRODUCTS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, bench.IMPLEMENTATIONS)
-    if FROM_WORKDIR.value and PROFILE.value:
-        raise InvalidInput("--from-workdir and --profile exclude each other; leave one out")
     if FROM_WORKDIR.value:
-        if bench is not ffn:
-            raise InvalidInput("--from-workdir goes with ffn alone; leave it out")
         cases = captured(FROM_WORKDIR.value)
         return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
     if PROFILE.value:
-        if bench is not ffn:
-            raise InvalidInput("--profile goes with ffn alone; leave it out")
         cases = profiled(PROFILE.value, _shapes())
         return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
     return bench.bench(_shapes(), products, implementations, ROUNDS.value)
@@ -134,6 +161,11 @@ def _config(written: str) -> ConfigDict:
     if name not in MODELS:
         raise InvalidInput(f"--models: {name!r} does not exist; use some of {', '.join(MODELS)}")
     config = MODELS[name](variant)
+    if config.model.ffn not in SQUARED_RELU:
+        raise InvalidInput(
+            f"--models: {written!r} has FFNs of kind {config.model.ffn}, which have no 2:4 form; "
+            "use one with Squared ReLU"
+        )
     if LAYERS.value:
         config.model.layers = LAYERS.value
     return config

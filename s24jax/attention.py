@@ -36,6 +36,9 @@ ATTENTION = [
 class Attention(nnx.Module):
     """Causal multi-head self-attention through `jax.nn.dot_product_attention`.
 
+    softmax(q k^T / sqrt(C)) v over the tokens up to each one's own, for heads of C channels, of
+    which q and k are turned by `rotate`; then a product with the output projection.
+
     On a mesh that cuts its weights by heads it computes those heads, and their part of the output's
     sum: columns of `qkv` are the queries, keys and values of the first head, then of the next.
 
@@ -43,6 +46,10 @@ class Attention(nnx.Module):
       config: width, heads, rope_theta, attention (the implementation: auto, xla, cudnn).
       output_gain: factor on the output projection's initial weights.
       dtype: computation; parameters are float32.
+
+    Raises:
+      InvalidInput: no implementation of that name.
+      Unsupported: the named implementation cannot run here.
     """
 
     def __init__(self, config, *, output_gain: float, dtype, rngs: nnx.Rngs):

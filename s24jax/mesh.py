@@ -260,7 +260,7 @@ def vary(array: Array, axes: tuple[str, ...]) -> Array:
 
 
 def _that_cut(sizes: Mapping[str, int], spec: P) -> P:
-    """A spec without the axes of size 1: over what is not cut, nothing varies and nothing passes."""
+    """A spec without axes of size 1: what is not cut does not vary, so that nothing passes."""
 
     def of_one(axes):
         named = axes if isinstance(axes, tuple) else (axes,)

@@ -177,7 +177,8 @@ class Transformer(nnx.Module):
     """The language model; `config` is the `model` part of a configuration (see configs/).
 
     Raises:
-      InvalidInput: sizes that cannot work.
+      InvalidInput: sizes that cannot work, or a kind, dtype or remat that does not exist.
+      Unsupported: a named implementation cannot run here.
     """
 
     def __init__(self, config, *, rngs: nnx.Rngs):
@@ -287,7 +288,10 @@ class Transformer(nnx.Module):
 
 
 def _check(config) -> None:
-    if config.heads < 1 or config.width % config.heads or (config.width // config.heads) % 2:
+    for name in ("layers", "heads"):
+        if config[name] < 1:
+            raise InvalidInput(f"model.{name}={config[name]} must be at least 1")
+    if config.width % config.heads or (config.width // config.heads) % 2:
         raise InvalidInput(
             f"model.width={config.width} does not give {config.heads} heads of an even width; "
             "make it a multiple of 2 * model.heads"

@@ -58,7 +58,7 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
             raise InvalidInput(
                 f"sweep {sweep.name} has no row {name!r}; use some of {', '.join(configs)}"
             )
-    chosen = only or configs
+    chosen = [name for name in configs if not only or name in only]
     missing = [name for name in chosen if not recorded_row(results, name, configs[name])]
     for name in missing:
         row = _run_row(name, configs[name], workdir / name)

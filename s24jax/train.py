@@ -96,6 +96,11 @@ def check(config) -> None:
             f"batch_size={config.batch_size} does not split into "
             f"accumulate={config.accumulate} equal parts; make it a multiple"
         )
+    if config.model.vocabulary < data.VOCABULARY:
+        raise InvalidInput(
+            f"model.vocabulary={config.model.vocabulary} does not hold the {data.VOCABULARY} "
+            f"values of a byte; make it {data.VOCABULARY}"
+        )
     sample.check_request(context=config.sequence_length, **config.sample)
     if config.dense_twin and config.model.ffn != "relu2_24":
         raise InvalidInput(

@@ -62,7 +62,8 @@ class Program(NamedTuple):
       init: () -> TrainState.
       train_step: (state, tokens [B, L+1], mode=) -> (state, metrics); donates `state`.
       loss: (params, tokens [B, L+1], mode=) -> mean loss in nats per token.
-      probe: (params, tokens [B, L+1]) -> sparsity metrics, each [layers].
+      probe: (params, tokens [B, L+1]) -> sparsity metrics, each [layers], but density_profile
+        [layers, bins].
       model: (params) -> Transformer.
       place: this process's tokens [B / processes, L+1] -> all tokens [B, L+1], each device with its
         sequences.
@@ -95,7 +96,9 @@ def make_program(config, mesh: Mesh | None = None) -> Program:
       mesh: where they run; by default the configuration's own.
 
     Raises:
-      InvalidInput: the model's sizes cannot work, or do not fit the devices.
+      InvalidInput: the model's sizes cannot work or do not fit the devices, or it names something
+        that does not exist.
+      Unsupported: a named implementation cannot run here.
     """
     mesh = make_mesh(config.mesh) if mesh is None else mesh
     check_model(mesh.shape, config.model, config.batch_size // max(1, config.accumulate))

@@ -762,6 +762,9 @@ def test_figure_errors(rows, sparsify_rows, tmp_path):
     for nothing in ([ENVIRONMENT], empty, copies):
         with pytest.raises(InvalidInput, match="the rows have no rate to draw; run a bench"):
             bench_figure(nothing)
+    scaling = [row | {"bench": "scaling"} for row in rows if row["bench"] == "gemm"]
+    with pytest.raises(InvalidInput, match="--figure: rows of scaling have none; leave it out"):
+        bench_figure(scaling)
     with pytest.raises(InvalidInput, match="'.*x.pdf' ends on no known format; use .png or .svg"):
         save_bench_figure(tmp_path / "x.pdf", rows)
 
@@ -925,10 +928,16 @@ bench.main(["{command}"])
         (["gemm", "--tune", "--shapes=64x32x128"], "tune: the default device is a CPU; needs"),
         (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
         (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
-        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn alone; leave it out"),
+        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, not with gemm; leave it out"),
+        (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
+        (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
+        (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
+        (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),
+        (["scaling", "--figure=x.png"], "ffn, step, prefill, decode, draw, not with scaling; le"),
+        (["estimate", "--json=x"], "decode, scaling, draw, not with estimate; leave it out"),
         (
-            ["gemm", "--profile=x", "--shapes=64x32x128"],
-            "--profile goes with ffn alone; leave it out",
+            ["ffn", "--from-workdir=x", "--shapes=64x32x128"],
+            "--from-workdir and --shapes exclude each other; leave one out",
         ),
         (["ffn", "--profile=x.json", "--shapes=64x32x128"], "x.json does not exist"),
         (

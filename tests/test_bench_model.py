@@ -157,7 +157,7 @@ def test_figure_over_widths_and_tokens():
         np.testing.assert_allclose(line.get_ydata(), [0.768, 2.048])
         np.testing.assert_allclose(lines[f"dense, our kernels, T {tokens}"].get_ydata(), 1.05)
     assert figure.get_suptitle() == "How much faster is a training step?"
-    assert axes.get_title(loc="left") == "lm_100m"
+    assert axes.get_title(loc="left") == "lm_100m, 12 layers"
     assert_no_overlap(figure)
     with pytest.raises(InvalidInput, match="no row has a time beside xla_dense's; run the bench"):
         bench_figure([row for row in rows if row["implementation"] == "xla_dense"])
@@ -287,6 +287,10 @@ def test_what_is_no_mesh(flag):
     "flag, words",
     [
         ("--models=gpt", "--models: 'gpt' does not exist; use some of lm_100m, paper_1p5b"),
+        (
+            "--models=paper_1p5b:swiglu",
+            "--models: 'paper_1p5b:swiglu' has FFNs of kind swiglu, which have no 2:4 form; use",
+        ),
         ("--models=lm_100m:big", "lm_100m has no variant 'big'; write one of smoke after the"),
         (
             "--tokens=100",

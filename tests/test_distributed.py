@@ -209,8 +209,8 @@ def test_the_program_is_the_same_in_every_process():
     """Sets have another order in each: with it, devices would ask each other for different sums."""
     source = (
         "from mesh_cases import config_of; from s24jax.train_step import make_program; import jax;"
-        "p = make_program(config_of((2, 2, 2), {}));"
-        "t = jax.ShapeDtypeStruct((8, 13), 'int32');"
+        "c = config_of((2, 2, 2), {}); p = make_program(c);"
+        "t = jax.ShapeDtypeStruct((c.batch_size, c.sequence_length + 1), 'int32');"
         "print(p.train_step.lower(p.state, t, mode='sparse24').as_text());"
         "print(p.probe.lower(p.state.params, t).as_text())"
     )

@@ -19,6 +19,7 @@ from s24jax.attention import rotate
 from s24jax.errors import InvalidInput, Unsupported
 from s24jax.model import FFN, Cache, Transformer
 from s24jax.recipe import Recipe
+from s24jax.train_step import token_loss
 
 KINDS = ("swiglu", "gelu", "relu2", "relu2_24")
 MODES = ("dense", "sparse24")
@@ -255,8 +256,7 @@ def program(*, special: bool = False, **changes) -> Program:
         return nnx.merge(graph, params)
 
     def loss(params, tokens, mode):
-        log_p_BLV = jax.nn.log_softmax(model(params)(tokens[:, :-1], mode=mode))
-        return -jnp.take_along_axis(log_p_BLV, tokens[:, 1:, None], axis=-1).mean()
+        return token_loss(model(params), tokens, mode)
 
     return Program(
         abstract_model.config,
@@ -908,6 +908,8 @@ def test_an_unknown_mode_raises():
     assert "'sparse'" in oracles.assert_one_line(error)
 
 
-def test_no_heads_raises():
-    with pytest.raises(InvalidInput):
-        build(heads=0)
+@pytest.mark.parametrize("name", ["layers", "heads"])
+def test_none_of_what_there_must_be_raises(name):
+    with pytest.raises(InvalidInput) as error:
+        build(**{name: 0})
+    assert str(error.value) == f"model.{name}=0 must be at least 1"

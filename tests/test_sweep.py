@@ -118,7 +118,7 @@ def test_processes_share_a_sweep(tmp_path):
             "--sweep=configs/sweeps/ablation.py:smoke", f"--workdir={tmp_path}/runs",
             f"--results={results}", f"--rows={rows}",
         ]
-        for rows in ("no_split,dense_relu2", "full_recipe")
+        for rows in ("no_split,dense_relu2,no_split", "full_recipe")
     ]  # fmt: skip
     processes = [
         subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

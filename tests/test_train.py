@@ -302,6 +302,10 @@ def test_another_config_is_refused_before_anything_is_written(straight, data_dir
         ({"accumulate": 3}, "batch_size=4 does not split into accumulate=3 equal parts"),
         ({"steps": 0}, "steps=0 must be at least 1"),
         ({"log_every": 0}, "log_every=0 must be at least 1"),
+        (
+            {"model": {"vocabulary": 100}},
+            "model.vocabulary=100 does not hold the 256 values of a byte; make it 256",
+        ),
         ({"keep_checkpoints": 0}, "keep_checkpoints=0 must be at least 1"),
         (
             {"dense_twin": True, "model": {"ffn": "relu2"}},

@@ -8,7 +8,7 @@ seed, same tokens. The paper's seven rows are dense_swiglu, dense_relu2, full_re
 no_split, adjacent_groups (without token permutation) and no_mask_consistency. Two further seeds of
 dense_relu2 and full_recipe tell a difference from noise.
 
-Hardware: one Hopper GPU, some five minutes a row.
+Hardware: one Hopper GPU, some four minutes a row.
 """
 
 from configs import lm_100m

@@ -6,8 +6,8 @@ One row: configs/paper_1p5b.py with 65,536 tokens a step, dense for 300 steps; t
 goes on beside the 2:4 model for 100 steps, on the same batches.
 
 Hardware: two Hopper GPUs with 80 GB, of which jax must take nearly all
-(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95): two states are 37 GB. Eight minutes; on one GPU twice as many,
-with --sweep.config.accumulate=4.
+(XLA_PYTHON_CLIENT_MEM_FRACTION=0.95): two states are 37 GB. On one GPU it takes twice as long, with
+--sweep.config.accumulate=4.
 """
 
 from configs import paper_1p5b

@@ -7,7 +7,11 @@ timing       contenders measured in turns
 torch_peers  dense cuBLAS and cuSPARSELt, through torch
 cusparselt   the search for cuSPARSELt's fastest right algorithm
 gemm         a bench: a generator of rows; so are sparsify, ffn and model
-ffn_operands, ffn_parts, captured   what ffn runs on, what it is made of, FFNs of a trained model
+ffn_operands, ffn_parts   what ffn runs on, and what it is made of
+captured, profile   FFNs of a trained model, and operands as active as those of a recorded run
+traffic      what passes between devices in a program
+estimate     where 2:4's gain goes on many GPUs, by arithmetic
 tune         the fastest schedule of our own kernel for each product
-rows         flat rows and their JSON; table and figure show them, with the ceilings of rates
+rows         flat rows and their JSON; table, figure and model_figure show them, with the ceilings
+             of rates
 """

@@ -71,13 +71,15 @@ def bench_figure(rows: Sequence[Row]) -> Figure:
     models, see `s24jax.bench.model_figure`.
 
     Raises:
-      InvalidInput: no row of a product that has a panel has a rate.
+      InvalidInput: the bench has no figure, or no row of a product with a panel has a rate.
     """
     timed = [row for row in rows if row["bench"] != ENVIRONMENT and row["ms"] is not None]
     bench = timed[0]["bench"] if timed else ""
     timed = [row for row in timed if row["bench"] == bench]
     if bench in MODEL_BENCHES:
         return model_figure(timed)
+    if bench and bench not in _PANELS:
+        raise InvalidInput(f"--figure: rows of {bench} have none; leave it out")
     products = [p for p in _PANELS.get(bench, ()) if any(_panel(row) == p for row in timed)]
     if not products:
         raise InvalidInput("the rows have no rate to draw; run a bench of another product")

@@ -286,7 +286,7 @@ def _with_traffic(rows: list[Row], batch: Batch, mesh: Mesh, sides: dict[str, _S
     tokens = jax.ShapeDtypeStruct((batch.sequences, batch.length + 1), jnp.int32)
 
     def received(row: Row) -> dict[str, float | None]:
-        if row["ms"] is None:  # the program could not be traced
+        if row["ms"] is None:  # there may be no program
             return dict.fromkeys(("received_gb", *(f"received_gb_{axis}" for axis in AXES)))
         program, mode = sides[row["implementation"]]
         traced = program.train_step.trace(program.state, tokens, mode=mode)

@@ -40,8 +40,9 @@ def model_figure(rows: Sequence[Row]) -> Figure:
     figure.suptitle(_TITLES[rows[0]["bench"]], x=0.01, ha="left", weight="bold")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for axes, model in zip(panels, models, strict=True):
-        _draw(axes, [row for row in rows if row["model"] == model])
-        axes.set_title(model, pad=8.0)
+        found = [row for row in rows if row["model"] == model]
+        _draw(axes, found)
+        axes.set_title(f"{model}, {found[0]['layers']} layers", pad=8.0)
     panels[0].set_ylabel("time of XLA's dense model / time")
     handles = {}
     for axes in panels:

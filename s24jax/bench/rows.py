@@ -14,7 +14,7 @@ Rows of bench "ffn" have in addition
     pass                   forward, backward, or both in one program
     ratio_to_xla_dense     time of the dense FFN as XLA compiles it / time
     ratio_to_fused_dense   time of our own dense FFN / time
-    saved_bytes            between forward and backward, X not counted; of the whole FFN
+    saved_bytes            between forward and backward, X and weights not counted; of the whole FFN
     peak_bytes             arguments, results and temporaries of the pass; of the whole FFN
     source                 of the operands: "synthetic", or a layer of a trained model
     zeros                  share of zeros in Y2 before pruning
@@ -89,7 +89,7 @@ def make_rows(
     """The rows of one product at one shape.
 
     Args:
-      bench: "gemm", "sparsify" or "ffn".
+      bench: "gemm", "sparsify", "ffn", or one of whole models.
       product: its name.
       shape: of the FFN.
       results: of each implementation.
