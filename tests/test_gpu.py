@@ -26,11 +26,14 @@ import oracles
 import pytest
 from gpu_cases import ADJACENT, BFLOAT16, DRAWS, STRIDED, integers, normal, random_24
 from jax import lax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from configs import lm_100m
 from s24jax import numerics, nvcc
 from s24jax.compressed import Compressed24
 from s24jax.ffn import ffn24
+from s24jax.mesh import AXES, TENSOR, make_mesh, one_device
 from s24jax.ops import dispatch
 from s24jax.ops.feature_wise24 import feature_wise24
 from s24jax.ops.matmul24 import cuda as matmul24_cuda
@@ -792,23 +795,30 @@ def test_ffn24_chooses_the_kernels():
 STEPS, SWITCH = 300, 100
 
 
-def train_small(implementation: str) -> tuple[list[float], list[int]]:
-    """Losses, and the bytes in use after each step since the switch, of a model of two layers.
-
-    The text is cyclic runs of bytes, which a model learns within some hundred steps.
-    """
+def small(implementation: str) -> ConfigDict:
+    """Two layers that the kernels take."""
     config = lm_100m.get_config("smoke")
     config.steps, config.sequence_length, config.batch_size = STEPS, 64, 8
     config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
     config.model.dtype, config.model.implementation = "bfloat16", implementation
     config.optimizer.peak_learning_rate = 3e-3
     config.optimizer.learning_rate_warmup_steps = 20
-    program = make_program(config)
+    return config
+
+
+def text(rng: np.random.Generator) -> np.ndarray:
+    """Cyclic runs of bytes, which a model learns within some hundred steps."""
+    starts, strides = rng.integers(0, 256, (8, 1)), rng.integers(1, 4, (8, 1))
+    return ((starts + strides * np.arange(65)) % 256).astype(np.int32)
+
+
+def train_small(implementation: str) -> tuple[list[float], list[int]]:
+    """Losses, and the bytes in use after each step since the switch."""
+    program = make_program(small(implementation), one_device())
     state, rng = program.init(), np.random.default_rng(0)
     losses, in_use = [], []
     for step in range(STEPS):
-        starts, strides = rng.integers(0, 256, (8, 1)), rng.integers(1, 4, (8, 1))
-        tokens = jnp.asarray((starts + strides * np.arange(65)) % 256, jnp.int32)
+        tokens = jnp.asarray(text(rng))
         mode = "dense" if step < SWITCH else "sparse24"
         state, metrics = program.train_step(state, tokens, mode=mode)
         losses.append(float(metrics["loss"]))
@@ -824,6 +834,38 @@ def test_training_follows_the_reference_and_keeps_its_memory():
     ours, theirs = (np.reshape(values, (-1, 50)).mean(axis=1) for values in (losses, expected))
     np.testing.assert_allclose(ours, theirs, rtol=0.1, atol=0.02)
     assert max(in_use[len(in_use) // 2 :]) <= max(in_use[: len(in_use) // 2])
+
+
+def first_steps(config: ConfigDict, mesh: Mesh, tokens: np.ndarray, mode: str) -> np.ndarray:
+    """Loss and gradient norm of three steps on the same tokens."""
+    program = make_program(config, mesh)
+    state, placed, found = program.init(), program.place(tokens), []
+    for _ in range(3):
+        state, metrics = program.train_step(state, placed, mode=mode)
+        found.append([float(metrics["loss"]), float(metrics["grad_norm"])])
+    return np.array(found)
+
+
+@pytest.mark.parametrize("remat", ["none", "save_y2"])
+@pytest.mark.parametrize("mode", ["dense", "sparse24"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
+def test_two_gpus_compute_what_one_does_part_by_part(shape, mode, remat):
+    """One takes their sequences as microbatches. Of features a tensor group makes two parts, each
+    with a split of its own, so that weight gradients drop a little else."""
+    if jax.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    config, tokens = small("cuda"), text(np.random.default_rng(0))
+    config.model.remat = remat
+    mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:2])
+    two = first_steps(config, mesh, tokens, mode)
+    if mesh.shape[TENSOR] == 1:
+        config.accumulate = 2
+        # optax deals sequences out to microbatches in turn.
+        tokens = np.stack(np.split(tokens, 2), axis=1).reshape(tokens.shape)
+    one = first_steps(config, one_device(), tokens, mode)
+    assert one[2, 0] < one[0, 0]
+    np.testing.assert_allclose(two[:, 0], one[:, 0], rtol=5e-4)
+    np.testing.assert_allclose(two[:, 1], one[:, 1], rtol=2e-3)
 
 
 @pytest.mark.parametrize("remat", ["none", "save_y2"])
@@ -845,11 +887,10 @@ def test_training_follows_the_reference_and_keeps_its_memory():
 def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
     """Written once where layers are a loop, else in each. XLA may run a call twice where its result
     is kept and used."""
-    config = lm_100m.get_config("smoke")
-    config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
-    config.model.dtype, config.model.remat = "bfloat16", remat
-    program = make_program(config)
-    tokens = jnp.zeros((4, 65), jnp.int32)
+    config = small("cuda")
+    config.model.remat = remat
+    program = make_program(config, one_device())
+    tokens = jnp.zeros((8, 65), jnp.int32)
     compiled = program.train_step.lower(program.init(), tokens, mode=mode).compile().as_text()
     found = re.findall(r'custom_call_target="s24jax_(\w+)"', compiled)
     written = config.model.layers if remat == "none" else 1
@@ -859,10 +900,8 @@ def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])
 def test_a_prompt_through_the_cache_gives_the_logits_of_a_plain_pass(mode):
     """In one piece, which attends to itself by cuDNN, and in two, the second with a past."""
-    config = lm_100m.get_config("smoke")
-    config.model.width, config.model.hidden, config.model.heads = 128, 512, 2
-    config.model.dtype = "bfloat16"
-    program = make_program(config)
+    config = small("auto")
+    program = make_program(config, one_device())
     params = program.init().params
     tokens = jax.random.randint(jax.random.key(0), (2, 64), 0, config.model.vocabulary)
     model = program.model(params)
