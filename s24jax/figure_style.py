@@ -115,9 +115,14 @@ def set_ticks(axis: Axis, ticks: list[float], formatter: FuncFormatter) -> None:
 
 
 @styled
+def figure_path(workdir: str | Path, name: str) -> Path:
+    """Where `save_figure` puts it."""
+    return Path(workdir) / "plots" / f"{name}.png"
+
+
 def save_figure(figure: Figure, workdir: str | Path, name: str) -> Path:
     """Writes workdir/plots/NAME.png and returns its path."""
-    path = Path(workdir) / "plots" / f"{name}.png"
+    path = figure_path(workdir, name)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     write_bytes(path, png.getvalue())

@@ -11,6 +11,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from s24jax.figure_style import (
     GREY,
+    figure_path,
     label_axes,
     log_ticks,
     save_figure,
@@ -38,15 +39,19 @@ def plot_results(folder: str | Path, rows: Sequence[Row], *, baseline: str) -> l
     """Draws the figures of a sweep's rows into folder/plots; their paths.
 
     sweep.png: validation losses over steps, final ones compared with the baseline's. seconds.png:
-    the same over training time. sparsity.png: each layer of each row at its last probe.
-    profile.png: how active the features of each layer are. The last two have the rows with Squared
-    ReLU and are not made where there is none.
+    the same over training time, where all rows have the same devices. sparsity.png: each layer of
+    each row at its last probe. profile.png: how active the features of each layer are. The last two
+    have the rows with Squared ReLU and are not made where there is none.
 
     Raises:
       InvalidInput: there are no rows.
       BrokenEnvironment: the disk is full or not writable.
     """
-    figures = {"sweep": sweep_figure(rows, baseline=baseline), "seconds": seconds_figure(rows)}
+    figures = {"sweep": sweep_figure(rows, baseline=baseline)}
+    if len({tuple(row["environment"]["devices"]) for row in rows}) == 1:
+        figures["seconds"] = seconds_figure(rows)
+    else:  # an earlier one would compare times of unlike devices
+        figure_path(folder, "seconds").unlink(missing_ok=True)
     looks = {row["name"]: row_look(index) for index, row in enumerate(rows)}
     sparse = [row for row in rows if "sparsity" in row["curves"]["main"]]
     if sparse:

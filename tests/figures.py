@@ -66,6 +66,7 @@ def make_row(name, **changes):
         "name": name,
         "config": {"choice": name, "seed": 0},
         "summary": summary | {"switch_step": SWITCH},
+        "environment": {"devices": ["gpu: NVIDIA H200"]},
         "curves": {"main": curves},
     }
 

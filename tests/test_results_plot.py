@@ -35,6 +35,15 @@ def test_dense_rows_have_no_sparsity(tmp_path, rows):
     assert [path.name for path in paths] == ["sweep.png", "seconds.png"]
 
 
+def test_times_of_unlike_devices_are_not_compared(tmp_path, rows):
+    plot_results(tmp_path, rows, baseline="dense")
+    assert (tmp_path / "plots/seconds.png").exists()
+    rows[1]["environment"] = {"devices": ["gpu: NVIDIA H100 80GB HBM3"]}
+    paths = plot_results(tmp_path, rows, baseline="dense")
+    assert [path.name for path in paths] == ["sweep.png", "sparsity.png", "profile.png"]
+    assert not (tmp_path / "plots/seconds.png").exists()
+
+
 def test_losses_over_seconds_and_where_a_run_switches(rows):
     rows[0]["summary"]["switch_step"] = None
     figure = seconds_figure(rows)
