@@ -114,12 +114,12 @@ def set_ticks(axis: Axis, ticks: list[float], formatter: FuncFormatter) -> None:
     axis.set_major_formatter(formatter)
 
 
-@styled
 def figure_path(workdir: str | Path, name: str) -> Path:
     """Where `save_figure` puts it."""
     return Path(workdir) / "plots" / f"{name}.png"
 
 
+@styled
 def save_figure(figure: Figure, workdir: str | Path, name: str) -> Path:
     """Writes workdir/plots/NAME.png and returns its path."""
     path = figure_path(workdir, name)

@@ -21,7 +21,7 @@ from figures import (
 from matplotlib.colors import to_hex
 
 from s24jax.errors import BrokenEnvironment, InvalidInput
-from s24jax.figure_style import ema
+from s24jax.figure_style import ema, save_figure
 from s24jax.plots import plot_run, run_figures
 
 
@@ -62,9 +62,12 @@ def test_plot_run_writes_every_figure_1200_pixels_wide(tmp_path):
     assert matplotlib.rcParams._get("backend") == backend
 
 
-def test_the_settings_of_a_notebook_do_not_show():
+def test_the_settings_of_a_notebook_do_not_show(tmp_path):
     with matplotlib.rc_context({"font.size": 30.0, "axes.grid": False, "axes.facecolor": "black"}):
-        axes = run_figures(make_records())["loss"].axes[0]
+        figure = run_figures(make_records())["loss"]
+        saved = save_figure(figure, tmp_path, "there").read_bytes()
+    axes = figure.axes[0]
+    assert saved == save_figure(figure, tmp_path, "here").read_bytes()
     assert axes.xaxis.label.get_fontsize() == 11.0
     assert to_hex(axes.get_facecolor()) == "#ffffff"
 
