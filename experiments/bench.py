@@ -50,9 +50,9 @@ from s24jax.writer import write_bytes
 
 BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
 BESIDE_TORCH = ("gemm", "sparsify")
-COMMANDS = (*BENCHES, *model.PRODUCTS, "estimate", "draw")
 MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
 _TIMED = (*BENCHES, *model.PRODUCTS)
+COMMANDS = (*_TIMED, "estimate", "draw")
 # What each flag goes with; elsewhere it would say nothing.
 _GOES_WITH = {
     "json": (*_TIMED, "draw"),

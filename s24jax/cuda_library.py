@@ -23,7 +23,7 @@ import numpy as np
 
 from s24jax import nvcc
 from s24jax.errors import BrokenEnvironment
-from s24jax.mesh import vary_alike
+from s24jax.mesh import vary_as
 
 TARGETS = (
     "s24jax_feature_wise24",
@@ -71,9 +71,7 @@ def call(
     # In a scan XLA lets a kernel write straight into the stack of what the backward pass needs,
     # and runs it once more for whoever else uses the result (jaxlib 0.11.2, not 0.10.2; see pull
     # request 45799 of openxla/xla). Behind a barrier for all it runs once, and XLA copies.
-    leaves, tree = jax.tree.flatten(jax.lax.optimization_barrier(results))
-    # Inside `shard_map` jax takes them for the same on all devices.
-    return tree.unflatten(vary_alike(*leaves, *args)[: len(leaves)])
+    return vary_as(jax.lax.optimization_barrier(results), *args)
 
 
 def reason_against() -> str | None:

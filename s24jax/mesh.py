@@ -37,6 +37,7 @@ BATCH = DATA, FSDP
 """The axes over which sequences are dealt out."""
 SEQUENCES = P(BATCH)
 SUMMED = "tensor_sum"
+"""`checkpoint_name` of what a tensor group has summed."""
 STACKED = "blocks"
 """Where in a model's parameters the layers are, stacked along their first axis."""
 
@@ -243,6 +244,15 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
         return vary(array, tuple(a for a in AXES if a in some and a not in varying(array)))
 
     return tuple(map(alike, arrays))
+
+
+def vary_as(results: Any, *operands: Array) -> Any:
+    """The results of a call into a library, marked as varying as its operands do.
+
+    Inside `shard_map` jax takes them for the same on all devices.
+    """
+    leaves, tree = jax.tree.flatten(results)
+    return tree.unflatten(vary_alike(*leaves, *operands)[: len(leaves)])
 
 
 def varying(array: Array) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_batching import sequential_vmap
 
-from s24jax.mesh import vary_alike
+from s24jax.mesh import vary_as
 from s24jax.typing import Array
 
 # jax-triton uses private parts of both jax and triton: these two versions go together, and with
@@ -79,8 +79,7 @@ def call(
             **constants,
         )
 
-    # Inside `shard_map` jax takes the results for the same on all devices.
-    return list(vary_alike(*launch(*arrays), *arrays)[: len(out_shape)])
+    return vary_as(list(launch(*arrays)), *arrays)
 
 
 def compile_ahead(kernel: Any, dtypes: Sequence[Any], *, num_warps: int, **constants: int) -> Any:

@@ -2,8 +2,9 @@
 
 S24JAX_REQUIRE names, with commas between, what the environment has to offer, so that a machine that
 is meant for them cannot pass by skipping: the implementations "cuda" and "triton", which need a
-Hopper GPU, and what compiles and lowers them, which does not, "nvcc" and "jax-triton". The session
-fails at once where one is missing. Left to skip are cases that an implementation itself refuses.
+Hopper GPU; "two-gpus"; and what compiles and lowers kernels without one, "nvcc" and "jax-triton".
+The session fails at once where one is missing. Left to skip are cases that an implementation itself
+refuses.
 """
 
 import jax
@@ -13,9 +14,17 @@ from s24jax import cuda_library, device, nvcc, triton_bridge
 REQUIRABLE = {
     "cuda": lambda: device.hopper_reason() or cuda_library.reason_against(),
     "triton": lambda: device.hopper_reason() or triton_bridge.reason_against(),
+    "two-gpus": lambda: one_gpu_reason(),
     "nvcc": lambda: nvcc.reason_against(),
     "jax-triton": lambda: triton_bridge.reason_against(),
 }
+
+
+def one_gpu_reason() -> str | None:
+    """Why nothing can run on two GPUs, or None where it can."""
+    if device.hopper_reason():
+        return device.hopper_reason()
+    return None if jax.device_count() > 1 else "needs two GPUs, there is one"
 
 
 def missing(required: str) -> str | None:
@@ -34,6 +43,8 @@ def reason_to_skip(markers: set[str]) -> str | None:
     """Why a test with these markers has nothing to say here."""
     if "gpu" in markers and device.hopper_reason():
         return device.hopper_reason()
+    if "two_gpus" in markers and one_gpu_reason():
+        return one_gpu_reason()
     if "cpu_only" in markers and jax.default_backend() != "cpu":
         return f"holds on a CPU alone, jax runs on {jax.default_backend()}"
     return None

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from figures import assert_no_overlap
+from processes import eight_devices
 
 from configs import lm_100m
 from s24jax.bench import estimate, model
@@ -216,10 +216,9 @@ def test_the_written_estimate_is_the_programs():
 # ------------------------------------------------------------------------------- the command line
 
 
-def bench(*arguments, **environment) -> subprocess.CompletedProcess:
+def bench(*arguments) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "experiments.bench", *map(str, arguments)]
-    env = os.environ | environment
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.cpu_only
@@ -246,8 +245,8 @@ def test_end_to_end(product, tmp_path):
 def test_scaling_on_eight_devices(tmp_path):
     """By hand, float32: D 16, F 64, one layer, sequences of 32, on devices with 2 of them."""
     file = tmp_path / "rows.json"
-    finished = bench(
-        "scaling",
+    finished = eight_devices(
+        *("-m", "experiments.bench", "scaling"),
         "--models=lm_100m:smoke",
         "--layers=1",
         "--tokens=64",
@@ -255,7 +254,6 @@ def test_scaling_on_eight_devices(tmp_path):
         "--meshes=8x1x1,1x8x1,2x2x2",
         "--rounds=1",
         f"--json={file}",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
     assert finished.returncode == 0, finished.stderr
     _, data, fsdp, all_three = json.loads(file.read_text())

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import shutil
 import signal
@@ -13,13 +12,12 @@ import time
 
 import jax
 import pytest
+from processes import ROOT, assert_same_curves, curves, eight_devices, forget_the_end, simulated
 
 from s24jax import distributed
 from s24jax.errors import BrokenEnvironment, InvalidInput
 from s24jax.mesh import check_model
-from s24jax.writer import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.cpu_only
 # A process of its own is a process too: the mesh spans both of them.
 RUN = ("--config.mesh.fsdp=4", "--config.batch_size=8", "--config.model.recipe.feature_wise=False")
@@ -27,12 +25,11 @@ ENDLESS = ("--config.steps=100000", "--config.checkpoint_every=20")
 
 
 def start(workdir, *flags, devices: int = 4) -> subprocess.Popen:
-    environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     command = ["-m", "experiments.train", "--config=configs/lm_100m.py:smoke"]
     return subprocess.Popen(
         [sys.executable, *command, f"--workdir={workdir}", *RUN, *flags],
         cwd=ROOT,
-        env=os.environ | environment,
+        env=os.environ | simulated(devices),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -70,10 +67,6 @@ def saved(workdir) -> set[int]:
     return {int(folder.name) for folder in (workdir / "checkpoints").iterdir()}
 
 
-def curves(workdir, kind, *keys) -> list[list[float]]:
-    return [[r[key] for key in keys] for r in read_metrics(workdir) if r["kind"] == kind]
-
-
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A finished run of two processes, and what they printed."""
@@ -99,16 +92,11 @@ def test_two_processes_train_as_one_does_and_one_goes_on_for_them(straight, tmp_
     workdir, _ = straight
     alone, resumed = tmp_path / "alone", tmp_path / "resumed"
     shutil.copytree(workdir, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "6")
-    (resumed / "summary.json").unlink()
+    forget_the_end(resumed)
     for folder in (alone, resumed):
         ((status, text),) = ended([start(folder, devices=8)])
         assert status == 0, text
-        for kind, keys in (("train", ("loss", "grad_norm")), ("validation", ("loss",))):
-            here, there = (curves(where, kind, *keys) for where in (folder, workdir))
-            assert len(here) == {"train": 6, "validation": 2}[kind]
-            for a, b in zip(here, there, strict=True):
-                assert a == pytest.approx(b, rel=2e-6), kind
+        assert_same_curves(folder, workdir)
 
 
 def test_two_processes_go_on_for_one(straight, tmp_path):
@@ -116,14 +104,10 @@ def test_two_processes_go_on_for_one(straight, tmp_path):
     resumed = tmp_path / "resumed"
     ((status, text),) = ended([start(resumed, devices=8)])
     assert status == 0, text
-    shutil.rmtree(resumed / "checkpoints" / "6")
-    (resumed / "summary.json").unlink()
+    forget_the_end(resumed)
     results = ended(start_two(resumed))
     assert [status for status, _ in results] == [0, 0], results
-    for a, b in zip(
-        curves(resumed, "train", "loss"), curves(workdir, "train", "loss"), strict=True
-    ):
-        assert a == pytest.approx(b, rel=2e-6)
+    assert_same_curves(resumed, workdir)
 
 
 def test_a_dead_process_ends_the_other_and_a_signal_saves_once_on_all(tmp_path):
@@ -214,18 +198,7 @@ def test_the_program_is_the_same_in_every_process():
         "print(p.train_step.lower(p.state, t, mode='sparse24').as_text());"
         "print(p.probe.lower(p.state.params, t).as_text())"
     )
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    texts = {
-        subprocess.run(
-            [sys.executable, "-c", source],
-            cwd=ROOT,
-            env=os.environ
-            | flags
-            | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PYTHONHASHSEED": str(seed)},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in range(3)
-    }
+    finished = [eight_devices("-c", source, PYTHONHASHSEED=str(seed)) for seed in range(3)]
+    assert all(process.returncode == 0 for process in finished), finished[0].stderr
+    texts = {process.stdout for process in finished}
     assert len(texts) == 1 and "all_reduce" in texts.pop()

@@ -846,14 +846,13 @@ def first_steps(config: ConfigDict, mesh: Mesh, tokens: np.ndarray, mode: str) -
     return np.array(found)
 
 
+@pytest.mark.two_gpus
 @pytest.mark.parametrize("remat", ["none", "save_y2"])
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 1, 2)])
 def test_two_gpus_compute_what_one_does_part_by_part(shape, mode, remat):
     """One takes their sequences as microbatches. Of features a tensor group makes two parts, each
     with a split of its own, so that weight gradients drop a little else."""
-    if jax.device_count() < 2:
-        pytest.skip("needs two GPUs")
     config, tokens = small("cuda"), text(np.random.default_rng(0))
     config.model.remat = remat
     mesh = make_mesh(dict(zip(AXES, shape, strict=True)), jax.devices()[:2])

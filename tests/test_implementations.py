@@ -42,6 +42,20 @@ def test_each_needs_its_own(here):
     assert "'triton', which cannot run here: no bridge" in implementations.missing("triton")
 
 
+def test_two_gpus(here, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert implementations.missing("two-gpus") == (
+        "S24JAX_REQUIRE names 'two-gpus', which cannot run here: needs two GPUs, there is one"
+    )
+    assert implementations.reason_to_skip({"two_gpus"}) == "needs two GPUs, there is one"
+    assert implementations.reason_to_skip({"gpu"}) is None
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert implementations.missing("two-gpus") is None
+    assert implementations.reason_to_skip({"two_gpus"}) is None
+    here(device, "hopper_reason", "a CPU")
+    assert implementations.missing("two-gpus").endswith("cannot run here: a CPU")
+
+
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_a_kernel_needs_a_hopper_gpu(here, name):
     here(device, "hopper_reason", "a CPU")
@@ -52,7 +66,7 @@ def test_a_kernel_needs_a_hopper_gpu(here, name):
 def test_an_unknown_name():
     assert implementations.missing("gpu") == (
         "S24JAX_REQUIRE names 'gpu', which does not exist; use names of "
-        "cuda, triton, nvcc, jax-triton"
+        "cuda, triton, two-gpus, nvcc, jax-triton"
     )
 
 

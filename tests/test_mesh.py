@@ -1,40 +1,23 @@
 """Many devices: eight simulated ones against a single one that applies the recipe part by part."""
 
 import json
-import os
-import pathlib
 import re
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 from mesh_cases import CASES, LOOPS, config_of
+from processes import assert_same_curves, eight_devices, forget_the_end
 
 from configs import lm_100m
 from s24jax import mesh as meshes
 from s24jax.errors import InvalidInput
 from s24jax.mesh import check_model, make_mesh, specs, vary_alike, varying
 from s24jax.train_step import make_program
-from s24jax.writer import read_metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.cpu_only
 NAMES = [f"{name} {mesh}" for name, (_, _, found) in CASES.items() for mesh in found]
-
-
-def eight_devices(*command, **environment) -> subprocess.CompletedProcess:
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | flags | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=800,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +37,8 @@ def test_a_mesh_computes_what_one_device_finds_part_by_part(results, name):
     assert mesh["grad_norm"] == pytest.approx(oracle["grad_norm"], rel=1e-5)
     assert mesh["validation"] == pytest.approx(oracle["validation"], rel=1e-6)
     assert found["moved"] > 1e-3
-    # Adam divides by the gradient's own size: where it is next to nothing, rounding shows. One such
-    # weight of 16 thousand makes 2e-4.
-    assert found["moved_apart"] < 1e-3
+    # Adam divides by the gradient's own size: where it is next to nothing, rounding shows.
+    assert found["moved_apart"] < 1e-4
     if not name.startswith("swiglu"):  # whose probe is nothing that a run asks for
         assert mesh["zeros"] == pytest.approx(oracle["zeros"], abs=1e-4)
 
@@ -157,17 +139,9 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path, first, second):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, first)
     shutil.copytree(straight, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "6")
-    (resumed / "summary.json").unlink()
+    forget_the_end(resumed)
     train(resumed, second)
-    for kind, keys in (("train", ("loss", "grad_norm")), ("validation", ("loss", "loss_dense"))):
-        there, here = (
-            [[r[key] for key in keys] for r in read_metrics(folder) if r["kind"] == kind]
-            for folder in (straight, resumed)
-        )
-        assert len(here) == {"train": 6, "validation": 2}[kind]
-        for a, b in zip(here, there, strict=True):
-            assert a == pytest.approx(b, rel=2e-6), kind
+    assert_same_curves(resumed, straight)
     assert (resumed / "checkpoints" / "6").exists()
 
 
