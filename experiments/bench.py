@@ -7,6 +7,7 @@ python -m experiments.bench ffn --profile=FILE.json[:ROW] [as above]
 python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N] [--widths=D,...]
     [--tokens=N,...] [--implementations=NAME,...] [--rounds=N] [--json=FILE] [--table=FILE]
     [--figure=FILE.png|svg]
+python -m experiments.bench step --from-workdir=DIR [as above, without models, layers and widths]
 python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above, without --figure]
 python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
@@ -15,7 +16,8 @@ python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|s
 `gemm`: the four sparse products. `sparsify`: the passes that make their operands. `ffn`: the whole
 feed-forward network and its parts, on synthetic operands, on those of a trained model, or on such
 as have the active features of a recorded run (the results of `experiments.sweep`). `step`,
-`prefill`, `decode`: whole models, in training and in inference, as configured or at other widths.
+`prefill`, `decode`: whole models, in training and in inference, as configured or at other widths;
+`step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
@@ -62,7 +64,7 @@ _GOES_WITH = {
     "products": tuple(BENCHES),
     "implementations": _TIMED,
     "rounds": _TIMED,
-    "from-workdir": ("ffn",),
+    "from-workdir": ("ffn", "step"),
     "profile": ("ffn",),
     "models": model.PRODUCTS,
     "layers": model.PRODUCTS,
@@ -71,8 +73,10 @@ _GOES_WITH = {
     "meshes": ("scaling",),
     "tune": ("gemm",),
 }
-# Each says on what operands ffn runs.
-_ONE_OF = ("from-workdir", "profile"), ("from-workdir", "shapes")
+# Each says on what operands ffn runs, or which model takes a step.
+_ONE_OF = tuple(
+    ("from-workdir", other) for other in ("profile", "shapes", "models", "layers", "widths")
+)
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -81,7 +85,7 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
-FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose FFNs `ffn` takes.")
+FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose model is measured.")
 PROFILE = flags.DEFINE_string("profile", None, "Results whose features `ffn` imitates.")
 MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
 LAYERS = flags.DEFINE_integer("layers", None, "Of each model. Default: all.", lower_bound=1)
@@ -146,11 +150,13 @@ def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
 def _of_models(product: str) -> Iterator[list[dict]]:
     known = tuple(model.IMPLEMENTATIONS)
     implementations = _names("implementations", IMPLEMENTATIONS.value, known)
+    tokens = parse_counts("tokens", TOKENS.value)
+    if FROM_WORKDIR.value:
+        return model.bench_run(FROM_WORKDIR.value, tokens, implementations, ROUNDS.value)
     configs = [_config(name.strip()) for name in MODELS_FLAG.value.split(",")]
     if WIDTHS.value:
         widths = parse_counts("widths", WIDTHS.value)
         configs = [model.at_width(config, width) for config in configs for width in widths]
-    tokens = parse_counts("tokens", TOKENS.value)
     meshes = model.meshes_of(MESHES.value) if product == "scaling" else None
     return model.bench(product, configs, tokens, implementations, ROUNDS.value, meshes)
 

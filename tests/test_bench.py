@@ -928,7 +928,7 @@ bench.main(["{command}"])
         (["gemm", "--tune", "--shapes=64x32x128"], "tune: the default device is a CPU; needs"),
         (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
         (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
-        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, not with gemm; leave it out"),
+        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, step, not with gemm; leave"),
         (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
         (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
         (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
@@ -945,6 +945,19 @@ bench.main(["{command}"])
             "--from-workdir and --profile exclude each other; leave one out",
         ),
         (["ffn", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
+        (["step", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
+        (
+            ["step", "--from-workdir=x", "--models=lm_100m"],
+            "--from-workdir and --models exclude each other; leave one out",
+        ),
+        (
+            ["step", "--from-workdir=x", "--layers=1"],
+            "--from-workdir and --layers exclude each other; leave one out",
+        ),
+        (
+            ["step", "--from-workdir=x", "--widths=64"],
+            "--from-workdir and --widths exclude each other; leave one out",
+        ),
         (["draw"], "draw: --json is not given; name the file of the rows"),
         (["gemm", "stray"], "'stray' is no flag; write --flag=value"),
     ],

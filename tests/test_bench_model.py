@@ -20,8 +20,12 @@ from s24jax.bench.model import Batch
 from s24jax.bench.rows import KEYS
 from s24jax.bench.table import table
 from s24jax.bench.timing import Result
+from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
+from s24jax.evaluate import restore_run
 from s24jax.mesh import AXES, one_device
+from s24jax.train import train
+from s24jax.train_step import make_program
 
 ROOT = pathlib.Path(__file__).parents[1]
 # 2 layers, D 16, F 64, V 256, sequences of 32.
@@ -76,12 +80,61 @@ def test_operations_by_hand():
 
 def test_a_step_trains():
     """The state goes from one call to the next, whoever makes it."""
-    sides = {name: model._side(SMALL, "xla_dense", one_device()) for name in ("one", "other")}
+    (side,) = model._sides(SMALL, Batch(2, 32), one_device(), ["xla_dense"]).values()
+    sides = {"one": side, "other": side}
     makers, peaks = model._step_makers(SMALL, Batch(2, 32), sides)
     one, other = (make() for make in makers.values())
     losses = [float(contender.call()) for contender in (one, other) * 8]
     assert losses[-1] < losses[0]
     assert sorted(peaks) == ["one", "other"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A smoke run's workdir: six dense steps, batches of 4 sequences of 32."""
+    config, workdir = lm_100m.get_config("smoke"), tmp_path_factory.mktemp("run") / "smoke"
+    config.model.ffn = "relu2"
+    config.data.data_dir = str(tmp_path_factory.mktemp("data"))
+    train(config, workdir)
+    return workdir
+
+
+def test_a_trained_model_goes_on_from_its_last_step(run, kernels, monkeypatch):
+    """On the run's validation text, one batch after the other; 2:4 though it trained dense."""
+    losses = {}
+
+    def two_calls(makers, rounds):
+        for name, make in makers.items():
+            call = make().call
+            losses[name] = [float(call()), float(call())]
+        return {name: Result(1e-3, 0.0) for name in makers}
+
+    monkeypatch.setattr(model, "measure", two_calls)
+    (rows,) = model.bench_run(run, [64], ("xla_dense", "cuda"), 1)
+    config, program, state, _ = restore_run(run)
+    texts = validation_batches(
+        prepare(config.data, sequence_length=32), batch_size=2, num_batches=4
+    )
+    assert not (texts[0] == texts[1]).all()
+    zeros = program.probe(state.params, texts[0])["zero_share"].mean()
+    for row in rows:
+        assert row["source"] == "trained, step 6" and row["T"] == 64
+        assert row["zeros"] == pytest.approx(float(zeros), abs=1e-6)
+    config.model.ffn = "relu2_24"
+    config.batch_size = 2
+    program = make_program(config, one_device())
+    expected = []
+    for text, mode in zip(texts, ("dense", "dense", "sparse24", "sparse24"), strict=True):
+        state, metrics = program.train_step(state, text, mode=mode)
+        expected.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses["xla_dense"] + losses["cuda"], expected, rtol=1e-6)
+
+
+def test_table_of_a_trained_model(run, kernels):
+    (rows,) = model.bench_run(run, [64], ("cuda", "xla_dense"), 1)
+    head, _, line = (line for line in table(rows).splitlines() if line.startswith("|"))
+    assert "zeros in Y2" in head
+    assert "step lm_100m_smoke (trained, step 6)" in line and f"{rows[0]['zeros']:.1%}" in line
 
 
 def test_what_is_no_number_has_no_time(kernels, monkeypatch):
@@ -239,6 +292,13 @@ def test_end_to_end(product, tmp_path):
     assert [row["implementation"] for row in rows if row["ms"]] == ["xla_dense"]
     assert {row["layers"] for row in rows} == {1}
     assert all("implementation 'cuda' cannot run" in row["note"] for row in rows if not row["ms"])
+
+
+@pytest.mark.cpu_only
+def test_from_a_workdir_end_to_end(run):
+    finished = bench("step", f"--from-workdir={run}", "--tokens=64", "--rounds=1")
+    assert finished.returncode == 0, finished.stderr
+    assert "step lm_100m_smoke (trained, step 6)" in finished.stdout
 
 
 @pytest.mark.cpu_only

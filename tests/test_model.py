@@ -604,13 +604,12 @@ def test_layers_are_traced_once(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("remat, loops", [("none", 0), ("save_y2", 2), ("full", 2)])
-def test_layers_are_a_loop_only_where_little_is_kept_for_the_way_back(remat, loops, mode):
+@pytest.mark.parametrize("remat", ["none", "save_y2", "full"])
+def test_layers_are_no_loop_in_training(remat, mode):
     """Forward and backward; without a loop nothing is copied into stacks."""
     p = program(remat=remat)
     gradients = jax.jit(jax.grad(p.loss), static_argnums=2)
-    lowered = gradients.lower(p.params, tokens(), mode)
-    assert lowered.as_text().count("stablehlo.while") == loops
+    assert "stablehlo.while" not in gradients.lower(p.params, tokens(), mode).as_text()
 
 
 @pytest.mark.parametrize("mode", MODES)

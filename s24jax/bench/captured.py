@@ -16,6 +16,22 @@ from s24jax.sparsity_metrics import SQUARED_RELU
 TOKENS = 16384
 
 
+def trained(workdir) -> tuple:
+    """Config, program and state of a run with Squared ReLU, at its last checkpoint, on one device.
+
+    Raises:
+      InvalidInput: no run or checkpoint there, or a model without Squared ReLU.
+      BrokenEnvironment: the checkpoint cannot be read.
+    """
+    config, program, state, _ = restore_run(workdir)
+    if config.model.ffn not in SQUARED_RELU:
+        raise InvalidInput(
+            f"--from-workdir: the FFNs of {workdir} are {config.model.ffn}; use a run of "
+            f"{' or '.join(SQUARED_RELU)}"
+        )
+    return config, program, state
+
+
 def captured(workdir, *, tokens: int = TOKENS) -> Iterator[Case]:
     """X and weights of the first, the middle and the last layer at a run's last checkpoint.
 
@@ -29,12 +45,7 @@ def captured(workdir, *, tokens: int = TOKENS) -> Iterator[Case]:
       InvalidInput: no run or checkpoint there, or a model without Squared ReLU.
       BrokenEnvironment: the checkpoint cannot be read.
     """
-    config, program, state, _ = restore_run(workdir)
-    if config.model.ffn not in SQUARED_RELU:
-        raise InvalidInput(
-            f"--from-workdir: the FFNs of {workdir} are {config.model.ffn}; use a run of "
-            f"{' or '.join(SQUARED_RELU)}"
-        )
+    config, program, state = trained(workdir)
     sequences = max(1, tokens // config.sequence_length)
     batches = validation_batches(
         prepare(config.data, sequence_length=config.sequence_length),

@@ -4,8 +4,9 @@ Implementations:
     cuda        FFNs 2:4 on our kernels
     relu2_cuda  FFNs dense on our kernels
     xla_dense   FFNs dense, by XLA
-All else is the same: parameters, random tokens, attention, optimizer. The weights are random, so
-that half of Y2 is zero, not nine tenths as after some hundred steps.
+All else is the same: parameters, tokens, attention, optimizer. Weights and tokens are random, so
+that half of Y2 is zero, not nine tenths as after some hundred steps: a GPU at its power limit is
+faster then, and gains less by 2:4. A step can also go on from a trained model, on its own text.
 
 Products:
     step        forward, backward and optimizer on one batch
@@ -28,13 +29,15 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
+from s24jax.bench.captured import trained
 from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, measure, peak_bytes
 from s24jax.bench.traffic import received_bytes
+from s24jax.data import prepare, validation_batches
 from s24jax.errors import InvalidInput
 from s24jax.mesh import AXES, DATA, FSDP, make_mesh, one_device
-from s24jax.train_step import Program, make_program
+from s24jax.train_step import Program, TrainState, make_program
 from s24jax.typing import Array, FFNMode, Int
 
 PRODUCTS = ("step", "prefill", "decode", "scaling")
@@ -47,6 +50,8 @@ IMPLEMENTATIONS: Mapping[str, tuple[FFNMode, str]] = {
 }
 # Dense bfloat16 products of an H100 or H200 (SXM), by its data sheet, to which MFU refers.
 PEAK_FLOPS = 989.4e12
+# Of a run's text, so that a bench does not train on one batch alone.
+BATCHES = 8
 _LOG = logging.getLogger(__name__)
 
 
@@ -100,12 +105,51 @@ def bench(
         yield _bench(product, config, batch, mesh, implementations, rounds)
 
 
+def bench_run(
+    workdir, tokens: Sequence[int], implementations: Sequence[str], rounds: int
+) -> Iterator[list[Row]]:
+    """The rows of a training step that goes on from a run's last checkpoint, on one device.
+
+    The batches are the run's validation text, up to BATCHES of them in turn; each call trains the
+    state of the one before, at the learning rate of the run's last step. Rows say which step it is
+    and how many zeros Y2 has, the mean over layers, before the first call.
+
+    Args:
+      workdir: of the run.
+      tokens, implementations, rounds: see `bench`.
+
+    Raises:
+      InvalidInput: no run or checkpoint there, a model without Squared ReLU, or too little text;
+        one of `tokens` is no multiple of the run's sequence length.
+      BrokenEnvironment: the checkpoint cannot be read.
+    """
+    for n in tokens:
+        config, program, state = trained(workdir)
+        batch = batch_of(config, n)
+        texts = validation_batches(
+            prepare(config.data, sequence_length=config.sequence_length),
+            batch_size=batch.sequences,
+            num_batches=BATCHES,
+        )
+        texts = [program.place(text) for text in texts]
+        measured = {
+            "source": f"trained, step {int(state.step)}",
+            "zeros": float(program.probe(state.params, texts[0])["zero_share"].mean()),
+        }
+        # A model that trained dense has the parameters of one that switches.
+        config.model.ffn = "relu2_24"
+        _LOG.info("step of %s, %s: %d x %d tokens", config.name, measured["source"], *batch)
+        sides = _sides(config, batch, one_device(), implementations)
+        makers, peaks = _makers_from(state, texts, sides)
+        del state
+        rows = _rows("step", config, batch, measure(makers, rounds), peaks)
+        yield [row | measured for row in rows]
+
+
 def _bench(
     product: str, config, batch: Batch, mesh: Mesh, implementations, rounds: int
 ) -> list[Row]:
-    config = config.copy_and_resolve_references()
-    config.accumulate, config.batch_size = 1, batch.sequences
-    sides = {name: _side(config, name, mesh) for name in implementations}
+    sides = _sides(config, batch, mesh, implementations)
     makers, peaks = _MAKERS[product](config, batch, sides)
     results = measure(makers, rounds)
     rows = _rows(product, config, batch, results, peaks, mesh.size)
@@ -174,11 +218,15 @@ def forward_flops(product: str, config: ml_collections.ConfigDict, batch: Batch)
     return tokens * m.layers * layer + logits * 2 * m.width * m.vocabulary
 
 
-def _side(config: ml_collections.ConfigDict, name: str, mesh: Mesh) -> _Side:
-    mode, implementation = IMPLEMENTATIONS[name]
-    config = config.copy_and_resolve_references()
-    config.model.implementation = implementation
-    return _Side(make_program(config, mesh), mode)
+def _sides(config, batch: Batch, mesh: Mesh, implementations: Sequence[str]) -> dict[str, _Side]:
+    sides = {}
+    for name in implementations:
+        mode, implementation = IMPLEMENTATIONS[name]
+        config = config.copy_and_resolve_references()
+        config.accumulate, config.batch_size = 1, batch.sequences
+        config.model.implementation = implementation
+        sides[name] = _Side(make_program(config, mesh), mode)
+    return sides
 
 
 def _random_tokens(config, batch: Batch, *, more: int = 0) -> Int[Array, "B L"]:
@@ -194,16 +242,20 @@ Makers = tuple[dict[str, Callable[[], Contender]], dict[str, int]]
 def _step_makers(config, batch: Batch, sides: dict[str, _Side]) -> Makers:
     first = next(iter(sides.values())).program
     tokens = first.place(np.asarray(_random_tokens(config, batch, more=1)))
+    return _makers_from(first.init(), [tokens], sides)
+
+
+def _makers_from(state: TrainState, batches: Sequence[Array], sides: dict[str, _Side]) -> Makers:
     # One state for all: only one fits. A step takes it, and leaves the next.
-    holder, peaks = [first.init()], {}
+    holder, peaks, in_turn = [state], {}, itertools.cycle(batches)
 
     def make(name: str) -> Contender:
         program, mode = sides[name]
-        step = program.train_step.lower(holder[0], tokens, mode=mode).compile()
+        step = program.train_step.lower(holder[0], batches[0], mode=mode).compile()
         peaks[name] = peak_bytes(step)
 
         def call() -> Array:
-            holder[0], metrics = step(holder[0], tokens)
+            holder[0], metrics = step(holder[0], next(in_turn))
             return metrics["loss"]
 
         return Contender(call, _not_finite)

@@ -27,7 +27,12 @@ of a call,
     mfu                    dense operations of the model / time, of the GPU's peak by its data sheet
     ratio_to_xla_dense, ratio_to_fused_dense, peak_bytes   as above
 
-those of "scaling" beside it, where mfu is that of each device,
+those of "step" of a trained model beside them
+
+    source                 the step of the run that the bench goes on from
+    zeros                  as above, the mean over layers
+
+those of "scaling" beside them, where mfu is that of each device,
 
     mesh                   sizes of data x fsdp x tensor
     received_gb            what each device receives from others, see `s24jax.bench.traffic`
