@@ -135,6 +135,32 @@ def seeds(rows: Sequence[Row]) -> dict[str, list[float]]:
     }
 
 
+def with_twins(rows: Sequence[Row]) -> list[Row]:
+    """The rows as tables and figures show them: behind each that has a dense twin, its twin."""
+    shown = []
+    for row in rows:
+        shown.append(row)
+        if "dense_twin" in row["summary"]:
+            shown.append(_twin(row))
+    return shown
+
+
+def _twin(row: Row) -> Row:
+    """Its seconds go on from those of the run at the switch."""
+    summary, curves = row["summary"], row["curves"]["dense_twin"]
+    before, after = row["curves"]["main"].get("validation"), curves.get("validation")
+    if before and after:
+        shared = np.interp(summary["switch_step"] - 1, before["step"], before["seconds"])
+        after = after | {"seconds": [float(shared) + seconds for seconds in after["seconds"]]}
+        curves = curves | {"validation": after}
+    return row | {
+        "name": f"{row['name']}, dense twin",
+        "config": row["config"] | {"model": row["config"]["model"] | {"ffn": "relu2"}},
+        "summary": summary["dense_twin"] | {"parameters": summary["parameters"]},
+        "curves": {"main": curves},
+    }
+
+
 def curves_of(records: list[dict[str, Any]], *, tokens_per_step: int) -> dict[str, Any]:
     """What a run's metrics say, thinned and rounded.
 

@@ -19,7 +19,7 @@ from s24jax.figure_style import (
     set_ticks,
     styled,
 )
-from s24jax.results import PROFILE, Row
+from s24jax.results import PROFILE, Row, with_twins
 from s24jax.sweep_plot import row_look, sweep_figure
 
 # Of axes with a logarithmic scale, which has no place for nothing: what is below stands there.
@@ -36,7 +36,7 @@ _PANELS = (
 
 
 def plot_results(folder: str | Path, rows: Sequence[Row], *, baseline: str) -> list[Path]:
-    """Draws the figures of a sweep's rows into folder/plots; their paths.
+    """Draws the figures of a sweep's rows and their dense twins into folder/plots; their paths.
 
     sweep.png: validation losses over steps, final ones compared with the baseline's. seconds.png:
     the same over training time, where all rows have the same devices. sparsity.png: each layer of
@@ -47,6 +47,7 @@ def plot_results(folder: str | Path, rows: Sequence[Row], *, baseline: str) -> l
       InvalidInput: there are no rows.
       BrokenEnvironment: the disk is full or not writable.
     """
+    rows = with_twins(rows)
     figures = {"sweep": sweep_figure(rows, baseline=baseline)}
     if len({tuple(row["environment"]["devices"]) for row in rows}) == 1:
         figures["seconds"] = seconds_figure(rows)

@@ -14,6 +14,7 @@ from s24jax.results import (
     record_row,
     recorded_row,
     seeds,
+    with_twins,
 )
 from s24jax.results_plot import plot_results
 from s24jax.summary import cell
@@ -110,11 +111,13 @@ def row_configs(sweep) -> dict:
 
 
 def table(rows: Sequence[Row], baseline: str) -> str:
-    """The rows as a Markdown table; losses in nats per token, the difference to the baseline's.
+    """The rows, and their dense twins, as a Markdown table; losses in nats per token, the
+    difference to the baseline's.
 
     Below it, where rows differ in nothing but their seed, the mean of their losses and the
     difference between the largest and the smallest.
     """
+    rows = with_twins(rows)
     losses = {row["name"]: row["summary"]["validation_loss"] for row in rows}
     reference = losses.get(baseline)
     header = ["row", "minus baseline", *COLUMNS]

@@ -129,10 +129,13 @@ def test_the_clock_runs_for_three_sides_of_each_model():
 
 
 def test_the_width_run_forks_at_300_of_the_papers_shapes():
-    (config,) = row_configs(load("sweeps.width")).values()
-    assert config.model.to_dict() == load("paper_1p5b").model.to_dict()
-    assert config.batch_size * config.sequence_length == 65_536
-    assert (config.steps, config.sparse24_warmup_steps, config.dense_twin) == (400, 300, True)
+    rows = row_configs(load("sweeps.width"))
+    paper = load("paper_1p5b").model
+    assert rows["paper_1p5b"].model.to_dict() == paper.to_dict()
+    assert rows["untied"].model.to_dict() == paper.to_dict() | {"tie_embedding": False}
+    for config in rows.values():
+        assert config.batch_size * config.sequence_length == 65_536
+        assert (config.steps, config.sparse24_warmup_steps, config.dense_twin) == (400, 300, True)
 
 
 def test_an_unknown_variant_is_refused():

@@ -17,6 +17,8 @@ from s24jax.results import (
     record_row,
     recorded_row,
     seconds_of,
+    seeds,
+    with_twins,
 )
 
 ORDER = ["a", "b", "c", "d"]
@@ -133,6 +135,31 @@ def test_curves_hold_each_run_and_kind():
         "density_profile": {"step": [4], "profile": [[[0.5, 0.25], [1.0, 0.0]]]},
     }
     assert curves["dense_twin"] == {"train": {"step": [4], "loss": [1.0]}}
+
+
+def test_a_twin_is_shown_behind_its_run():
+    """Its seconds go on from step 300, where both were one; it is no second seed of its run."""
+    config = {"name": "sweep/main", "seed": 0, "model": {"ffn": "relu2_24", "width": 8}}
+    main = {"step": [100, 300, 400], "seconds": [10.0, 30.0, 39.0], "loss": [3.0, 2.0, 1.5]}
+    twin = {"step": [350, 400], "seconds": [5.5, 11.0], "loss": [1.7, 1.4]}
+    summary = {"validation_loss": 1.5, "parameters": 9, "switch_step": 301}
+    row = {
+        "name": "main",
+        "config": config,
+        "environment": {"devices": ["gpu"]},
+        "summary": summary | {"dense_twin": {"validation_loss": 1.4}},
+        "curves": {"main": {"validation": main}, "dense_twin": {"validation": twin, "train": {}}},
+    }
+    shown = with_twins([row, row | {"name": "other", "summary": summary}])
+    assert [r["name"] for r in shown] == ["main", "main, dense twin", "other"]
+    assert shown[0] == row
+    assert shown[1] == row | {
+        "name": "main, dense twin",
+        "config": config | {"model": {"ffn": "relu2", "width": 8}},
+        "summary": {"validation_loss": 1.4, "parameters": 9},
+        "curves": {"main": {"validation": twin | {"seconds": [35.5, 41.0]}, "train": {}}},
+    }
+    assert seeds(shown) == {"main": [1.5, 1.5]}
 
 
 def test_long_curves_are_thinned():

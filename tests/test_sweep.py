@@ -133,14 +133,17 @@ def test_processes_share_a_sweep(tmp_path):
 
 
 def test_a_row_may_have_a_dense_twin(tmp_path):
-    """It stands in the row's record; the table's loss is the 2:4 model's."""
-    (row,) = run_sweep(width.get_config("smoke"), tmp_path)
+    """It stands in the row's record, and in a line of its own of the table."""
+    (row,) = run_sweep(width.get_config("smoke"), tmp_path, only=["paper_1p5b"])
     twin, main = row["curves"]["dense_twin"], row["curves"]["main"]
     assert main["train"]["step"] == [1, 2, 3, 4, 5, 6] and twin["train"]["step"] == [4, 5, 6]
     assert row["summary"]["dense_twin"]["validation_loss"] == pytest.approx(
         twin["validation"]["loss"][-1], rel=1e-5
     )
-    assert f"| {row['summary']['validation_loss']:.4f} |" in (tmp_path / "table.md").read_text()
+    table = (tmp_path / "table.md").read_text()
+    losses = [run["validation_loss"] for run in (row["summary"], row["summary"]["dense_twin"])]
+    for name, loss in zip(("paper_1p5b", "paper_1p5b, dense twin"), losses, strict=True):
+        assert f"| {name} | {loss - losses[0]:+.4f} | {loss:.4f} |" in table
 
 
 def two_rows(**changes) -> ConfigDict:
