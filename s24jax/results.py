@@ -146,13 +146,18 @@ def with_twins(rows: Sequence[Row]) -> list[Row]:
 
 
 def _twin(row: Row) -> Row:
-    """Its seconds go on from those of the run at the switch."""
+    """Its curve begins where the run was validated before the switch, its seconds there too."""
     summary, curves = row["summary"], row["curves"]["dense_twin"]
-    before, after = row["curves"]["main"].get("validation"), curves.get("validation")
-    if before and after:
-        shared = np.interp(summary["switch_step"] - 1, before["step"], before["seconds"])
-        after = after | {"seconds": [float(shared) + seconds for seconds in after["seconds"]]}
-        curves = curves | {"validation": after}
+    main, twin = row["curves"]["main"].get("validation"), curves.get("validation")
+    if main and twin:
+        fork = summary["switch_step"] - 1
+        steps, seconds = (np.array(main[key], dtype=float) for key in ("step", "seconds"))
+        shared = np.interp(fork, np.append(0.0, steps), np.append(0.0, seconds))
+        own = (shared + np.array(twin["seconds"], dtype=float)).tolist()
+        places = [i for i, step in enumerate(main["step"]) if step == fork]
+        before = {key: [main[key][i] for i in places] for key in twin}
+        after = twin | {"seconds": own}
+        curves = curves | {"validation": {key: before[key] + after[key] for key in twin}}
     return row | {
         "name": f"{row['name']}, dense twin",
         "config": row["config"] | {"model": row["config"]["model"] | {"ffn": "relu2"}},

@@ -80,9 +80,9 @@ def seconds_figure(rows: Sequence[Row]) -> Figure:
         every = max(1, len(steps) // 12)
         look = row_look(index)
         axes.plot(seconds, loss, lw=1.4, ms=5, markevery=every, label=row["name"], **look)
-        switch = row["summary"].get("switch_step")
-        if switch and steps[0] <= switch <= steps[-1]:
-            at = np.interp(switch, steps, seconds), np.interp(switch, steps, loss)
+        last_dense = (row["summary"].get("switch_step") or 0) - 1
+        if steps[0] <= last_dense <= steps[-1]:
+            at = np.interp(last_dense, steps, seconds), np.interp(last_dense, steps, loss)
             axes.plot(*at, "o", ms=13, mfc="none", mew=1.5, color=look["color"])
     axes.plot([], [], "o", ms=13, mfc="none", mew=1.5, color=GREY, label="switch to 2:4")
     scale_loss(axes)
@@ -108,7 +108,9 @@ def sparsity_figure(rows: Sequence[Row], looks: dict[str, dict]) -> Figure:
         axes.set_yscale(scale)
         axes.yaxis.set_major_formatter(_PERCENT)
         if scale == "log":
-            set_ticks(axes.yaxis, log_ticks(axes.get_ylim(), (1.0, 2.0, 5.0)), _PERCENT)
+            low, high = axes.get_ylim()
+            subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+            set_ticks(axes.yaxis, log_ticks((low, high), subs), _PERCENT)
     _legend(figure, rows, looks)
     return figure
 
@@ -122,6 +124,8 @@ def profile_figure(rows: Sequence[Row]) -> Figure:
     panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes in panels.flat[len(rows) :]:
         axes.set_axis_off()
+    for axes in panels.flat[max(0, len(rows) - columns) : len(rows)]:
+        axes.tick_params(labelbottom=True)  # also above a panel that is off
     for axes, row in zip(panels.flat, rows, strict=False):
         profile = np.array(row["curves"]["main"][PROFILE]["profile"][-1], dtype=float)
         colours = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.9, len(profile)))
@@ -131,7 +135,8 @@ def profile_figure(rows: Sequence[Row]) -> Figure:
         axes.set_title(row["name"], fontsize=11)
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75, 1.0]))
+        # Without 100 %, which would run into the next panel's 0 %.
+        axes.xaxis.set_major_locator(FixedLocator([0.0, 0.25, 0.5, 0.75]))
         axes.xaxis.set_major_formatter(_PERCENT)
         axes.yaxis.set_major_formatter(_PERCENT)
     figure.supxlabel("features, the densest first; a line for each layer, dark next to the input")

@@ -13,9 +13,9 @@ from s24jax.figure_style import BAND, GREY, NUMBER, label_axes, scale_loss, styl
 from s24jax.results import Row, seeds
 
 _ROW_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-# Less is no change: an axis ends no earlier.
-_NOTHING = 1e-3
 _ROW_MARKERS = "osD^vPXp"
+# So far the axis of changes reaches at least, to both sides.
+_LEAST_CHANGE = 1e-3
 
 
 @styled
@@ -81,11 +81,11 @@ def _sweep_bars(axes: Axes, deltas: np.ndarray) -> None:
         axes.set_xlabel(f"{axes.get_xlabel()} (log scale beyond ±0.01)")
         axes.xaxis.set_major_formatter(NUMBER)
     else:
-        axes.locator_params(axis="x", nbins=5)
+        axes.locator_params(axis="x", nbins=4)
     axes.axvline(0.0, color=GREY, lw=1)
     axes.margins(x=0.08)
     low, high = axes.get_xlim()
-    axes.set_xlim(min(low, -_NOTHING), max(high, _NOTHING))
+    axes.set_xlim(min(low, -_LEAST_CHANGE), max(high, _LEAST_CHANGE))
     axes.set_ylim(len(deltas) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0, pad=22)
     axes.tick_params(axis="x", labelsize=10)

@@ -118,7 +118,7 @@ def test_a_trained_model_goes_on_from_its_last_step(run, kernels, monkeypatch):
     assert not (texts[0] == texts[1]).all()
     zeros = program.probe(state.params, texts[0])["zero_share"].mean()
     for row in rows:
-        assert row["source"] == "trained, step 6" and row["T"] == 64
+        assert row["source"] == f"trained, step 6, {zeros:.1%} zeros" and row["T"] == 64
         assert row["zeros"] == pytest.approx(float(zeros), abs=1e-6)
     config.model.ffn = "relu2_24"
     config.batch_size = 2
@@ -132,9 +132,21 @@ def test_a_trained_model_goes_on_from_its_last_step(run, kernels, monkeypatch):
 
 def test_table_of_a_trained_model(run, kernels):
     (rows,) = model.bench_run(run, [64], ("cuda", "xla_dense"), 1)
-    head, _, line = (line for line in table(rows).splitlines() if line.startswith("|"))
-    assert "zeros in Y2" in head
-    assert "step lm_100m_smoke (trained, step 6)" in line and f"{rows[0]['zeros']:.1%}" in line
+    assert f"step lm_100m_smoke (trained, step 6, {rows[0]['zeros']:.1%} zeros)" in table(rows)
+
+
+@pytest.mark.parametrize(
+    "tokens, words",
+    [
+        ([64, 33], "--tokens: 33 is no multiple of lm_100m_smoke's sequence length 32; use 32"),
+        ([10**6 * 32], "--tokens: 32000000 are 1000000 sequences of 32, and the run's validation"),
+    ],
+)
+def test_what_a_run_has_no_text_for(run, tokens, words):
+    """Known before the first row is measured."""
+    with pytest.raises(InvalidInput) as error:
+        next(model.bench_run(run, tokens, ("xla_dense",), 1))
+    assert str(error.value).startswith(words)
 
 
 def test_what_is_no_number_has_no_time(kernels, monkeypatch):
@@ -298,7 +310,7 @@ def test_end_to_end(product, tmp_path):
 def test_from_a_workdir_end_to_end(run):
     finished = bench("step", f"--from-workdir={run}", "--tokens=64", "--rounds=1")
     assert finished.returncode == 0, finished.stderr
-    assert "step lm_100m_smoke (trained, step 6)" in finished.stdout
+    assert "step lm_100m_smoke (trained, step 6, " in finished.stdout
 
 
 @pytest.mark.cpu_only

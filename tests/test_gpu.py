@@ -884,16 +884,15 @@ def test_two_gpus_compute_what_one_does_part_by_part(shape, mode, remat):
     ],
 )
 def test_a_compiled_step_runs_each_kernel_once_a_layer(mode, calls, remat):
-    """Written once where layers are a loop, else in each. XLA may run a call twice where its result
-    is kept and used."""
+    """XLA may run a call twice where its result is kept and used."""
     config = small("cuda")
     config.model.remat = remat
     program = make_program(config, one_device())
     tokens = jnp.zeros((8, 65), jnp.int32)
     compiled = program.train_step.lower(program.init(), tokens, mode=mode).compile().as_text()
     found = re.findall(r'custom_call_target="s24jax_(\w+)"', compiled)
-    written = config.model.layers if remat == "none" else 1
-    assert {name: found.count(name) / written for name in set(found)} == calls
+    layers = config.model.layers
+    assert {name: found.count(name) / layers for name in set(found)} == calls
 
 
 @pytest.mark.parametrize("mode", ["dense", "sparse24"])

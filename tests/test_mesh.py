@@ -80,9 +80,9 @@ def test_2to4_exchanges_what_dense_training_does(results):
 
 
 def test_sums_of_a_tensor_group_travel_once(results):
-    """In the forward pass and, of gradients, in the backward pass; what is computed again in the
-    backward pass is summed again only where nothing is kept."""
-    for remat, expected in ("save_y2", 4), ("full", 5):
+    """Of two layers, in the forward pass and, of gradients, in the backward pass; what is computed
+    again in the backward pass is summed again only where nothing is kept."""
+    for remat, expected in ("save_y2", 2 * 4), ("full", 2 * 5):
         sums = [
             n for s, n in results["collectives"][remat].items() if "10,16]" in s or "80,16]" in s
         ]

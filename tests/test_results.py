@@ -137,29 +137,48 @@ def test_curves_hold_each_run_and_kind():
     assert curves["dense_twin"] == {"train": {"step": [4], "loss": [1.0]}}
 
 
-def test_a_twin_is_shown_behind_its_run():
-    """Its seconds go on from step 300, where both were one; it is no second seed of its run."""
-    config = {"name": "sweep/main", "seed": 0, "model": {"ffn": "relu2_24", "width": 8}}
-    main = {"step": [100, 300, 400], "seconds": [10.0, 30.0, 39.0], "loss": [3.0, 2.0, 1.5]}
-    twin = {"step": [350, 400], "seconds": [5.5, 11.0], "loss": [1.7, 1.4]}
-    summary = {"validation_loss": 1.5, "parameters": 9, "switch_step": 301}
-    row = {
+def row_with_a_twin(main, twin, switch_step=301):
+    summary = {"validation_loss": 1.5, "parameters": 9, "switch_step": switch_step}
+    return {
         "name": "main",
-        "config": config,
+        "config": {"name": "sweep/main", "seed": 0, "model": {"ffn": "relu2_24", "width": 8}},
         "environment": {"devices": ["gpu"]},
         "summary": summary | {"dense_twin": {"validation_loss": 1.4}},
-        "curves": {"main": {"validation": main}, "dense_twin": {"validation": twin, "train": {}}},
+        "curves": {"main": {"validation": main}, "dense_twin": {"validation": twin}},
     }
-    shown = with_twins([row, row | {"name": "other", "summary": summary}])
+
+
+def test_a_twin_is_shown_behind_its_run():
+    """It goes on from step 300, where both were one; it is no second seed of its run."""
+    main = {"step": [100, 300, 400], "seconds": [10.0, 30.0, 39.0], "loss": [3.0, 2.0, 1.5]}
+    twin = {"step": [350, 400], "seconds": [5.5, 11.0], "loss": [1.7, 1.4]}
+    row = row_with_a_twin(main, twin)
+    other = row | {"name": "other", "summary": {"validation_loss": 1.5}}
+    shown = with_twins([row, other])
     assert [r["name"] for r in shown] == ["main", "main, dense twin", "other"]
     assert shown[0] == row
+    joined = {"step": [300, 350, 400], "seconds": [30.0, 35.5, 41.0], "loss": [2.0, 1.7, 1.4]}
     assert shown[1] == row | {
         "name": "main, dense twin",
-        "config": config | {"model": {"ffn": "relu2", "width": 8}},
+        "config": row["config"] | {"model": {"ffn": "relu2", "width": 8}},
         "summary": {"validation_loss": 1.4, "parameters": 9},
-        "curves": {"main": {"validation": twin | {"seconds": [35.5, 41.0]}, "train": {}}},
+        "curves": {"main": {"validation": joined}},
     }
     assert seeds(shown) == {"main": [1.5, 1.5]}
+
+
+@pytest.mark.parametrize(
+    "main_seconds, twin_seconds, expected",
+    [([12.0], [5.0], 8.0), ([12.0], [None], np.nan), ([None], [5.0], np.nan)],
+)
+def test_a_twin_whose_run_was_not_validated_before(main_seconds, twin_seconds, expected):
+    """Switched after the first of four steps; a rate may not be known."""
+    main = {"step": [4], "seconds": main_seconds, "loss": [1.5]}
+    twin = {"step": [4], "seconds": twin_seconds, "loss": [1.4]}
+    shown = with_twins([row_with_a_twin(main, twin, switch_step=2)])[1]
+    curve = shown["curves"]["main"]["validation"]
+    assert curve["step"] == [4] and curve["loss"] == [1.4]
+    np.testing.assert_allclose(curve["seconds"], [expected])
 
 
 def test_long_curves_are_thinned():

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 from figures import LAYERS, SWITCH, assert_no_overlap, make_row, width_and_height
+from matplotlib.text import Text
 
+from s24jax import results_plot
 from s24jax.results_plot import plot_results, profile_figure, seconds_figure, sparsity_figure
 from s24jax.sweep_plot import row_look
 
@@ -28,6 +30,24 @@ def test_all_figures_are_made(tmp_path, rows):
     ]
     assert all(path.parent == tmp_path / "plots" for path in paths)
     assert all(width_and_height(path)[0] >= 1200 for path in paths)
+
+
+def test_a_twin_is_drawn_in_every_figure(tmp_path, rows, monkeypatch):
+    figures = {}
+
+    def keep(figure, folder, name):
+        figures[name] = figure
+        return folder
+
+    monkeypatch.setattr(results_plot, "save_figure", keep)
+    rows[1]["config"]["model"] = {"ffn": "relu2_24"}
+    rows[1]["summary"] |= {"parameters": 9, "dense_twin": rows[2]["summary"]}
+    rows[1]["curves"]["dense_twin"] = rows[2]["curves"]["main"]
+    plot_results(tmp_path, rows[:2], baseline="dense")
+    for name, figure in figures.items():
+        shown = [text.get_text() for text in figure.findobj(Text)]
+        assert "2:4, dense twin" in shown, name
+    assert len(figures) == 4
 
 
 def test_dense_rows_have_no_sparsity(tmp_path, rows):
@@ -55,7 +75,7 @@ def test_losses_over_seconds_and_where_a_run_switches(rows):
         assert list(line.get_ydata()) == curve["loss"]
     rings = [line for line in axes.lines if line.get_label().startswith("_")]
     assert len(rings) == 2  # a dense run has none
-    assert all(ring.get_xdata()[0] == 0.25 * SWITCH for ring in rings)
+    assert all(ring.get_xdata()[0] == 0.25 * (SWITCH - 1) for ring in rings)
     assert [ring.get_color() for ring in rings] == [row_look(1)["color"], row_look(2)["color"]]
     assert_no_overlap(figure)
 

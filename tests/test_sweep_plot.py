@@ -49,6 +49,14 @@ def test_sweep_figure_compares_with_the_baseline(rows):
     assert right.get_xscale() == "linear"
 
 
+def test_no_change_is_not_magnified(rows):
+    """Beside losses that agree to the last digits an axis still has a scale that says something."""
+    rows[1]["summary"]["validation_loss"] = loss_of(rows[0]) + 1e-9
+    figure = sweep_figure(rows[:2], baseline="dense")
+    assert figure.axes[1].get_xlim() == (-1e-3, 1e-3)
+    assert_no_overlap(figure)
+
+
 def test_the_baselines_seeds_are_a_band(rows):
     rows += [make_row(f"dense, seed {seed}", cost=0.001 * seed) for seed in (1, 2)]
     for seed, row in enumerate((rows[0], *rows[3:])):

@@ -4,7 +4,7 @@
 
 Models of 30, 100 and 300 million parameters, each dense and 2:4, on 65 million tokens.
 
-Hardware: one Hopper GPU, two to eight minutes a row.
+Hardware: one Hopper GPU, one to five minutes a row.
 """
 
 from configs import lm_100m

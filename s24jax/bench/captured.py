@@ -16,7 +16,7 @@ from s24jax.sparsity_metrics import SQUARED_RELU
 TOKENS = 16384
 
 
-def trained(workdir) -> tuple:
+def restore_relu2(workdir) -> tuple:
     """Config, program and state of a run with Squared ReLU, at its last checkpoint, on one device.
 
     Raises:
@@ -45,7 +45,7 @@ def captured(workdir, *, tokens: int = TOKENS) -> Iterator[Case]:
       InvalidInput: no run or checkpoint there, or a model without Squared ReLU.
       BrokenEnvironment: the checkpoint cannot be read.
     """
-    config, program, state = trained(workdir)
+    config, program, state = restore_relu2(workdir)
     sequences = max(1, tokens // config.sequence_length)
     batches = validation_batches(
         prepare(config.data, sequence_length=config.sequence_length),

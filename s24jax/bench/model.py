@@ -5,8 +5,8 @@ Implementations:
     relu2_cuda  FFNs dense on our kernels
     xla_dense   FFNs dense, by XLA
 All else is the same: parameters, tokens, attention, optimizer. Weights and tokens are random, so
-that half of Y2 is zero, not nine tenths as after some hundred steps: a GPU at its power limit is
-faster then, and gains less by 2:4. A step can also go on from a trained model, on its own text.
+that half of Y2 is zero, not nine tenths as after some hundred steps. A step can also go on from a
+trained model, on its own text.
 
 Products:
     step        forward, backward and optimizer on one batch
@@ -29,7 +29,7 @@ import ml_collections
 import numpy as np
 from jax.sharding import Mesh
 
-from s24jax.bench.captured import trained
+from s24jax.bench.captured import restore_relu2
 from s24jax.bench.rows import Row, add_ratios, make_rows
 from s24jax.bench.shapes import Shape
 from s24jax.bench.timing import Contender, measure, peak_bytes
@@ -39,6 +39,7 @@ from s24jax.errors import InvalidInput
 from s24jax.mesh import AXES, DATA, FSDP, make_mesh, one_device
 from s24jax.train_step import Program, TrainState, make_program
 from s24jax.typing import Array, FFNMode, Int
+from s24jax.workdir import read_config
 
 PRODUCTS = ("step", "prefill", "decode", "scaling")
 TRAINING = ("step", "scaling")
@@ -111,39 +112,48 @@ def bench_run(
     """The rows of a training step that goes on from a run's last checkpoint, on one device.
 
     The batches are the run's validation text, up to BATCHES of them in turn; each call trains the
-    state of the one before, at the learning rate of the run's last step. Rows say which step it is
-    and how many zeros Y2 has, the mean over layers, before the first call.
+    state of the one before, as the run's schedule goes on. Rows say which step that is, and how
+    many zeros Y2 has before the first call, the mean over layers.
 
     Args:
       workdir: of the run.
       tokens, implementations, rounds: see `bench`.
 
     Raises:
-      InvalidInput: no run or checkpoint there, a model without Squared ReLU, or too little text;
-        one of `tokens` is no multiple of the run's sequence length.
+      InvalidInput: no run or checkpoint there, a model without Squared ReLU; one of `tokens` is no
+        multiple of the run's sequence length, or more than its validation text has.
       BrokenEnvironment: the checkpoint cannot be read.
     """
-    for n in tokens:
-        config, program, state = trained(workdir)
-        batch = batch_of(config, n)
-        texts = validation_batches(
-            prepare(config.data, sequence_length=config.sequence_length),
-            batch_size=batch.sequences,
-            num_batches=BATCHES,
+    config = read_config(workdir)
+    for batch in [batch_of(config, n) for n in tokens]:
+        # A call of its own, as in `bench`.
+        yield _bench_run(workdir, batch, implementations, rounds)
+
+
+def _bench_run(workdir, batch: Batch, implementations, rounds: int) -> list[Row]:
+    config, program, state = restore_relu2(workdir)
+    texts = [program.place(text) for text in _validation_text(config, batch)]
+    zeros = float(program.probe(state.params, texts[0])["zero_share"].mean())
+    source = f"trained, step {int(state.step)}, {zeros:.1%} zeros"
+    # A model that trained dense has the parameters of one that switches.
+    config.model.ffn = "relu2_24"
+    _LOG.info("step of %s, %s: %d x %d tokens", config.name, source, *batch)
+    sides = _sides(config, batch, one_device(), implementations)
+    makers, peaks = _makers_from(state, texts, sides)
+    del state
+    rows = _rows("step", config, batch, measure(makers, rounds), peaks)
+    return [row | {"source": source, "zeros": zeros} for row in rows]
+
+
+def _validation_text(config, batch: Batch) -> list[np.ndarray]:
+    corpus = prepare(config.data, sequence_length=config.sequence_length)
+    available = len(corpus.validation)
+    if available < batch.sequences:
+        raise InvalidInput(
+            f"--tokens: {batch.tokens} are {batch.sequences} sequences of {batch.length}, and the "
+            f"run's validation text has {available}; use at most {available * batch.length}"
         )
-        texts = [program.place(text) for text in texts]
-        measured = {
-            "source": f"trained, step {int(state.step)}",
-            "zeros": float(program.probe(state.params, texts[0])["zero_share"].mean()),
-        }
-        # A model that trained dense has the parameters of one that switches.
-        config.model.ffn = "relu2_24"
-        _LOG.info("step of %s, %s: %d x %d tokens", config.name, measured["source"], *batch)
-        sides = _sides(config, batch, one_device(), implementations)
-        makers, peaks = _makers_from(state, texts, sides)
-        del state
-        rows = _rows("step", config, batch, measure(makers, rounds), peaks)
-        yield [row | measured for row in rows]
+    return validation_batches(corpus, batch_size=batch.sequences, num_batches=BATCHES)
 
 
 def _bench(
@@ -222,10 +232,10 @@ def _sides(config, batch: Batch, mesh: Mesh, implementations: Sequence[str]) -> 
     sides = {}
     for name in implementations:
         mode, implementation = IMPLEMENTATIONS[name]
-        config = config.copy_and_resolve_references()
-        config.accumulate, config.batch_size = 1, batch.sequences
-        config.model.implementation = implementation
-        sides[name] = _Side(make_program(config, mesh), mode)
+        own = config.copy_and_resolve_references()
+        own.accumulate, own.batch_size = 1, batch.sequences
+        own.model.implementation = implementation
+        sides[name] = _Side(make_program(own, mesh), mode)
     return sides
 
 

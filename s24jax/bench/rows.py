@@ -27,12 +27,12 @@ of a call,
     mfu                    dense operations of the model / time, of the GPU's peak by its data sheet
     ratio_to_xla_dense, ratio_to_fused_dense, peak_bytes   as above
 
-those of "step" of a trained model beside them
+those of "step" of a trained model besides
 
     source                 the step of the run that the bench goes on from
     zeros                  as above, the mean over layers
 
-those of "scaling" beside them, where mfu is that of each device,
+those of "scaling" besides, where mfu is that of each device,
 
     mesh                   sizes of data x fsdp x tensor
     received_gb            what each device receives from others, see `s24jax.bench.traffic`

@@ -20,7 +20,6 @@ RATIOS = {
     "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
     "share": ("of the ceiling", "{:.0%}"),
     "mfu": (f"MFU of {OURS}", "{:.1%}"),
-    "zeros": ("zeros in Y2", "{:.1%}"),
     "received_gb": ("GB that a device receives", "{:.3g}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
