@@ -227,13 +227,15 @@ class Transformer(nnx.Module):
             x_BLD, h_BLD, _ = block(x_BLD, mode=mode)
             return x_BLD, None if observe is None else observe(block.ffn, h_BLD)
 
-        # What weights a device gathers, it should hold for one layer at a time: a loop. Else the
-        # layers are written out one after the other, as a loop copies what its backward pass needs
-        # into stacks and out again: 10 % of a step where everything is kept, 3 % with `save_y2`.
-        unroll = not in_parts(layers)
+        # A loop, where one layer at a time should be held: of gathered weights, and of what
+        # `observe` computes with. Else the layers are written out one after the other, as a loop
+        # copies what its backward pass needs into stacks and out again: 10 % of a step where
+        # everything is kept, 3 % with `save_y2`.
+        in_pieces = in_parts(layers)
+        unroll = observe is None and not in_pieces
         if self.config.remat != "none":
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat])
-        elif not unroll:
+        elif in_pieces:
             layer = jax.checkpoint(layer, policy=all_but_gathered)
         x_BLD, observed = jax.lax.scan(layer, self._embed(tokens_BL), layers, unroll=unroll)
         logits_BLV = self._unembed(x_BLD)
