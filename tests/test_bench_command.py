@@ -1,0 +1,214 @@
+"""The command line of the benches of ops: flags, runs from end to end, errors."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from s24jax.bench import gemm
+from s24jax.bench.rows import KEYS, read_rows
+from s24jax.bench.shapes import SHAPES, Shape, Size, parse_names, parse_shapes
+from s24jax.errors import InvalidInput
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = Shape(64, 32, 128)
+
+
+# -------------------------------------------------------------------------------------- the flags
+
+
+def test_shapes_of_a_flag():
+    assert parse_shapes("64x32x128, 16384x2048x8192") == [SMALL, SHAPES[0]]
+    assert str(SHAPES[0]) == "16384x2048x8192"
+    assert Size(2, 3, 5).flops == 60
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("64x32", "--shapes: '64x32' is no shape; write TxDxF, as 16384x2048x8192"),
+        ("64x32x128,", "--shapes: '' is no shape"),
+        ("64x0x128", "--shapes: '64x0x128' is no shape"),
+        ("64x-3x128", "--shapes: '64x-3x128' is no shape"),
+        ("66x32x128", "--shapes: T=66 of '66x32x128' is no multiple of 4; use 68"),
+        ("64x32x130", "--shapes: F=130 of '64x32x130' is no multiple of 4; use 132"),
+    ],
+)
+def test_shapes_that_are_none(text, words):
+    with pytest.raises(InvalidInput) as error:
+        parse_shapes(text)
+    assert words in str(error.value)
+
+
+def test_names_of_a_flag():
+    assert parse_names("products", "dx, y3", gemm.PRODUCTS) == ("y3", "dx")
+    with pytest.raises(InvalidInput) as error:
+        parse_names("products", "y3,y4", gemm.PRODUCTS)
+    expected = "--products: 'y4' does not exist; use some of y3, dx, dw_down, dw_up"
+    assert str(error.value) == expected
+
+
+# ------------------------------------------------------------------------------- the command line
+
+
+def bench(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.bench", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def succeed(*arguments) -> str:
+    finished = bench(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def fail(*arguments) -> str:
+    finished = bench(*arguments)
+    assert (finished.returncode, finished.stdout) == (1, "")
+    assert "Traceback" not in finished.stderr
+    return finished.stderr.splitlines()[-1].removeprefix("error: ")
+
+
+@pytest.mark.cpu_only
+def test_gemm_end_to_end(tmp_path):
+    files = {kind: tmp_path / f"gemm.{kind}" for kind in ("json", "md", "png")}
+    finished = bench(
+        "gemm",
+        "--shapes=64x32x128",
+        "--rounds=1",
+        f"--json={files['json']}",
+        f"--table={files['md']}",
+        f"--figure={files['png']}",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.startswith("columns stay empty: the default device is a CPU; needs")
+    assert finished.stdout == files["md"].read_text()
+    assert files["png"].read_bytes().startswith(b"\x89PNG")
+    environment, *rows = json.loads(files["json"].read_text())
+    assert environment["bench"] == "environment"
+    assert environment["device"] == "cpu: cpu"
+    assert environment["jax"] == jax.__version__
+    assert environment["command"].startswith("python -m experiments.bench gemm --shapes=64x32x128")
+    assert {"commit", "python", "torch"} <= set(environment)
+    assert len(rows) == 2 * 5 + 2 * 6
+    for row in rows:
+        assert tuple(row) == KEYS
+        assert (row["bench"], row["T"], row["D"], row["F"]) == ("gemm", 64, 32, 128)
+        if row["implementation"] in ("xla_dense", "reference"):
+            assert row["ms"] > 0 and row["tflops"] > 0 and row["rel_error"] < 5e-3
+            assert row["note"] == ""
+        else:
+            assert row["ms"] is None and row["rel_error"] is None
+            assert row["note"]
+        if row["implementation"] == "cuda":
+            assert "'cuda' cannot run" in row["note"]
+
+
+@pytest.mark.cpu_only
+def test_sparsify_end_to_end(tmp_path):
+    """And `draw`, which makes the same table and figure of the rows."""
+    file, figure = tmp_path / "rows.json", tmp_path / "bench.svg"
+    out = succeed("sparsify", "--shapes=64x32x128", "--rounds=1", f"--json={file}")
+    rows = read_rows(file)[1:]
+    times = {(row["product"], row["implementation"]): row["ms"] for row in rows}
+    timed = [name for name, ms in times.items() if ms]
+    assert timed == [
+        ("copy", "xla"),
+        ("sparsify24", "reference"),
+        ("feature_wise24", "reference"),
+        ("split_features", "reference"),
+    ]
+    assert {name for product, name in times if product == "sparsify24"} == {
+        *("cuda", "triton", "reference", "cusparselt_compress")
+    }
+    errors = {row["product"]: row["rel_error"] for row in rows if row["ms"]}
+    assert errors["sparsify24"] < 5e-3
+    assert (errors["copy"], errors["feature_wise24"], errors["split_features"]) == (None, 0.0, 0.0)
+    assert succeed("draw", f"--json={file}", f"--figure={figure}") == out
+    assert b"<svg" in figure.read_bytes()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "command, flag, preallocates",
+    [
+        ("gemm", "shapes=64x32x128", "false"),
+        ("ffn", "shapes=64x32x128", None),
+        ("step", "layers=1", None),
+    ],
+)
+def test_only_beside_torch_jax_takes_memory_bit_by_bit(command, flag, preallocates):
+    code = f"""
+import os
+from absl import flags
+from experiments import bench
+flags.FLAGS(["bench", "--{flag}"])
+bench._run = lambda found_rows, written: []
+bench._show = lambda rows: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+bench.main(["{command}"])
+"""
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert (finished.returncode, finished.stdout) == (0, f"{preallocates}\n"), finished.stderr
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (
+            ["gem"],
+            "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode, scaling, "
+            "estimate or draw before the flags",
+        ),
+        (["gemm"], "--shapes: 16384x2048x8192 and more are for a GPU; pass small ones"),
+        (["gemm", "--shapes=64x32"], "'64x32' is no shape; write TxDxF"),
+        (["sparsify", "--shapes=64x32x128", "--products=y3"], "--products: 'y3' does not exist"),
+        (["gemm", "--tune", "--shapes=64x32x128"], "tune: the default device is a CPU; needs"),
+        (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
+        (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
+        (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, step, not with gemm; leave"),
+        (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
+        (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
+        (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
+        (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),
+        (["scaling", "--figure=x.png"], "ffn, step, prefill, decode, draw, not with scaling; le"),
+        (["estimate", "--json=x"], "decode, scaling, draw, not with estimate; leave it out"),
+        (
+            ["ffn", "--from-workdir=x", "--shapes=64x32x128"],
+            "--from-workdir and --shapes exclude each other; leave one out",
+        ),
+        (["ffn", "--profile=x.json", "--shapes=64x32x128"], "x.json does not exist"),
+        (
+            ["ffn", "--profile=x", "--from-workdir=x"],
+            "--from-workdir and --profile exclude each other; leave one out",
+        ),
+        (["ffn", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
+        (["step", "--from-workdir=x"], "no run.json in x; name the workdir of a run"),
+        (
+            ["step", "--from-workdir=x", "--models=lm_100m"],
+            "--from-workdir and --models exclude each other; leave one out",
+        ),
+        (
+            ["step", "--from-workdir=x", "--layers=1"],
+            "--from-workdir and --layers exclude each other; leave one out",
+        ),
+        (
+            ["step", "--from-workdir=x", "--widths=64"],
+            "--from-workdir and --widths exclude each other; leave one out",
+        ),
+        (["draw"], "draw: --json is not given; name the file of the rows"),
+        (["gemm", "stray"], "'stray' is no flag; write --flag=value"),
+    ],
+)
+def test_errors(arguments, words):
+    assert words in fail(*arguments)
