@@ -73,10 +73,8 @@ _GOES_WITH = {
     "meshes": ("scaling",),
     "tune": ("gemm",),
 }
-# Each says on what operands ffn runs, or which model takes a step.
-_ONE_OF = tuple(
-    ("from-workdir", other) for other in ("profile", "shapes", "models", "layers", "widths")
-)
+# What a run's workdir says itself.
+_NOT_FROM_WORKDIR = ("profile", "shapes", "models", "layers", "widths")
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -130,9 +128,9 @@ def _check_flags(command: str) -> None:
         if command not in _GOES_WITH[name]:
             fitting = ", ".join(_GOES_WITH[name])
             raise InvalidInput(f"--{name} goes with {fitting}, not with {command}; leave it out")
-    for pair in _ONE_OF:
-        if set(pair) <= set(given):
-            raise InvalidInput(f"--{pair[0]} and --{pair[1]} exclude each other; leave one out")
+    for name in _NOT_FROM_WORKDIR:
+        if {"from-workdir", name} <= set(given):
+            raise InvalidInput(f"--from-workdir and --{name} exclude each other; leave one out")
 
 
 def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:

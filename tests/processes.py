@@ -1,4 +1,4 @@
-"""Runs in processes of their own, on simulated devices, and what tests read off their workdirs."""
+"""Processes of their own, also on simulated devices, and what tests read off runs' workdirs."""
 
 import os
 import pathlib
@@ -18,16 +18,26 @@ def simulated(devices: int) -> dict[str, str]:
     return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
 
 
-def eight_devices(*command, **environment) -> subprocess.CompletedProcess:
-    """Python on eight devices, which finds the modules of the tests."""
+def python(*command, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+    """Python in the checkout."""
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
-        env=os.environ | simulated(8) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=800,
+        timeout=timeout,
     )
+
+
+def bench(*arguments) -> subprocess.CompletedProcess:
+    return python("-m", "experiments.bench", *arguments)
+
+
+def eight_devices(*command, **environment) -> subprocess.CompletedProcess:
+    """Python on eight devices, which finds the modules of the tests."""
+    environment = simulated(8) | {"PYTHONPATH": f"{ROOT}:{ROOT}/tests"} | environment
+    return python(*command, timeout=800, **environment)
 
 
 def forget_the_end(workdir: pathlib.Path) -> None:

@@ -1,19 +1,16 @@
 """The command line of the benches of ops: flags, runs from end to end, errors."""
 
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import pytest
+from processes import bench, python
 
 from s24jax.bench import gemm
 from s24jax.bench.rows import KEYS, read_rows
 from s24jax.bench.shapes import SHAPES, Shape, Size, parse_names, parse_shapes
 from s24jax.errors import InvalidInput
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = Shape(64, 32, 128)
 
 
@@ -52,16 +49,6 @@ def test_names_of_a_flag():
 
 
 # ------------------------------------------------------------------------------- the command line
-
-
-def bench(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.bench", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def succeed(*arguments) -> str:
@@ -155,9 +142,7 @@ bench._run = lambda found_rows, written: []
 bench._show = lambda rows: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
 bench.main(["{command}"])
 """
-    finished = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    finished = python("-c", code)
     assert (finished.returncode, finished.stdout) == (0, f"{preallocates}\n"), finished.stderr
 
 

@@ -7,9 +7,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ import numpy as np
 import oracles
 import pytest
 from figures import assert_no_overlap, make_row
+from processes import bench
 
 from configs import quickstart
 from s24jax.bench import captured as captured_module
@@ -36,7 +34,6 @@ from s24jax.ops.relu2_ffn import relu2_ffn
 from s24jax.train import train
 from s24jax.writer import write_json
 
-ROOT = pathlib.Path(__file__).parents[1]
 SMALL = Shape(64, 32, 128)
 ADDED = ("pass", "ratio_to_xla_dense", "ratio_to_fused_dense", "saved_bytes", "peak_bytes")
 OPS = (
@@ -347,14 +344,7 @@ def test_rows_go_round_through_json(rows, tmp_path):
 @pytest.mark.cpu_only
 def test_end_to_end(tmp_path):
     file = tmp_path / "ffn.json"
-    command = [sys.executable, "-m", "experiments.bench", "ffn", "--shapes=64x32x128"]
-    finished = subprocess.run(
-        [*command, "--rounds=1", f"--json={file}"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    finished = bench("ffn", "--shapes=64x32x128", "--rounds=1", f"--json={file}")
     assert finished.returncode == 0, finished.stderr
     assert finished.stderr.startswith("columns stay empty: the default device is a CPU; needs")
     _, *rows = json.loads(file.read_text())

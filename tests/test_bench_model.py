@@ -2,16 +2,13 @@
 
 import itertools
 import json
-import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from figures import assert_no_overlap
-from processes import eight_devices
+from processes import ROOT, bench, eight_devices
 
 from configs import lm_100m
 from s24jax.bench import estimate, model
@@ -27,7 +24,6 @@ from s24jax.mesh import AXES, one_device
 from s24jax.train import train
 from s24jax.train_step import make_program
 
-ROOT = pathlib.Path(__file__).parents[1]
 # 2 layers, D 16, F 64, V 256, sequences of 32.
 SMALL = lm_100m.get_config("smoke")
 ADDED = (
@@ -279,11 +275,6 @@ def test_the_written_estimate_is_the_programs():
 
 
 # ------------------------------------------------------------------------------- the command line
-
-
-def bench(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "experiments.bench", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.cpu_only

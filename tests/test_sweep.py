@@ -1,13 +1,13 @@
 """Sweeps: all rows, resume, divergence as a result, errors before the first row."""
 
 import json
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
 from ml_collections import ConfigDict
+from processes import ROOT, python
 
 from configs.sweeps import ablation, width
 from configs.sweeps import row as sweep_row
@@ -17,18 +17,13 @@ from s24jax.results import read_results, seeds
 from s24jax.sweep import run_sweep, table
 from s24jax.train import train
 
-ROOT = pathlib.Path(__file__).parents[1]
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The whole ablation in its smoke variant, through the command line."""
     workdir = tmp_path_factory.mktemp("sweeps") / "ablation"
-    command = [
-        sys.executable, "-m", "experiments.sweep",
-        "--sweep=configs/sweeps/ablation.py:smoke", f"--workdir={workdir}",
-    ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
+    command = "-m", "experiments.sweep", "--sweep=configs/sweeps/ablation.py:smoke"
+    done = python(*command, f"--workdir={workdir}", timeout=500)
     assert done.returncode == 0, done.stderr
     return workdir, done.stdout
 
@@ -102,8 +97,7 @@ def test_results_are_drawn_anew(finished, tmp_path):
     (tmp_path / "results.json").write_bytes((workdir / "results.json").read_bytes())
     names = ["table.md", *(f"plots/{n}.png" for n in ("sweep", "seconds", "sparsity", "profile"))]
     for argument in (f"--workdir={tmp_path}", f"--results={tmp_path}/results.json"):
-        command = [sys.executable, "-m", "experiments.plot", argument]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        done = python("-m", "experiments.plot", argument)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [str(tmp_path / name) for name in names]
     assert (tmp_path / "table.md").read_bytes() == (workdir / "table.md").read_bytes()
