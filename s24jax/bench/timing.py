@@ -6,6 +6,9 @@ until the clock is the contender's own. Every contender is sampled in every roun
 another order, so that none always follows the same neighbour, and its time is the median over
 rounds. The calls of a sample are queued without waiting in between, and so many that Python's part
 and the wait at the end do not count. Operands do not fit into the cache.
+
+Contenders share a process. Once 2:4 ran in it, dense ones are some 5 % slower than in a process
+without, for a reason not known yet (experiments/006).
 """
 
 import math
