@@ -9,6 +9,7 @@ python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N]
     [--figure=FILE.png|svg]
 python -m experiments.bench step --from-workdir=DIR [as above, without models, layers and widths]
 python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above, without --figure]
+python -m experiments.bench gemm|sparsify|ffn|step|prefill|decode|scaling --apart [as above]
 python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
@@ -19,13 +20,17 @@ as have the active features of a recorded run (the results of `experiments.sweep
 `prefill`, `decode`: whole models, in training and in inference, as configured or at other widths;
 `step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
+`--apart` times each implementation in a process of its own, one after the other: what a user has
+who runs but one of them.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
 """
 
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
@@ -42,7 +47,7 @@ from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.model_figure import MODEL_BENCHES
 from s24jax.bench.profile import profiled
-from s24jax.bench.rows import environment, read_rows, write_rows
+from s24jax.bench.rows import environment, merged, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_counts, parse_names, parse_shapes
 from s24jax.bench.table import table
 from s24jax.bench.tune import tune
@@ -64,6 +69,7 @@ _GOES_WITH = {
     "products": tuple(BENCHES),
     "implementations": _TIMED,
     "rounds": _TIMED,
+    "apart": _TIMED,
     "from-workdir": ("ffn", "step"),
     "profile": ("ffn",),
     "models": model.PRODUCTS,
@@ -73,6 +79,8 @@ _GOES_WITH = {
     "meshes": ("scaling",),
     "tune": ("gemm",),
 }
+# What processes of `--apart` do not take over as it is.
+_OF_THE_WHOLE = ("json", "table", "figure", "implementations", "apart")
 # What a run's workdir says itself.
 _NOT_FROM_WORKDIR = ("profile", "shapes", "models", "layers", "widths")
 
@@ -83,6 +91,7 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
+APART = flags.DEFINE_bool("apart", False, "Each implementation in a process of its own.")
 FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose model is measured.")
 PROFILE = flags.DEFINE_string("profile", None, "Results whose features `ffn` imitates.")
 MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
@@ -118,8 +127,8 @@ def main(arguments: list[str]) -> None:
             raise InvalidInput("draw: --json is not given; name the file of the rows")
         _show(read_rows(JSON.value))
     else:
-        run = _of_models(command) if command in model.PRODUCTS else _of_shapes(BENCHES[command])
-        _show(_run(run, " ".join(["python -m experiments.bench", *arguments])))
+        written = " ".join(["python -m experiments.bench", *arguments])
+        _show(_run_apart(command, written) if APART.value else _run(command, written))
 
 
 def _check_flags(command: str) -> None:
@@ -133,9 +142,8 @@ def _check_flags(command: str) -> None:
             raise InvalidInput(f"--from-workdir and --{name} exclude each other; leave one out")
 
 
-def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
+def _of_shapes(bench: ModuleType, implementations: tuple[str, ...]) -> Iterator[list[dict]]:
     products = _names("products", PRODUCTS.value, bench.PRODUCTS)
-    implementations = _names("implementations", IMPLEMENTATIONS.value, bench.IMPLEMENTATIONS)
     if FROM_WORKDIR.value:
         cases = captured(FROM_WORKDIR.value)
         return ffn.bench_cases(cases, products, implementations, ROUNDS.value)
@@ -145,9 +153,7 @@ def _of_shapes(bench: ModuleType) -> Iterator[list[dict]]:
     return bench.bench(_shapes(), products, implementations, ROUNDS.value)
 
 
-def _of_models(product: str) -> Iterator[list[dict]]:
-    known = tuple(model.IMPLEMENTATIONS)
-    implementations = _names("implementations", IMPLEMENTATIONS.value, known)
+def _of_models(product: str, implementations: tuple[str, ...]) -> Iterator[list[dict]]:
     tokens = parse_counts("tokens", TOKENS.value)
     if FROM_WORKDIR.value:
         return model.bench_run(FROM_WORKDIR.value, tokens, implementations, ROUNDS.value)
@@ -175,8 +181,13 @@ def _config(written: str) -> ConfigDict:
     return config
 
 
-def _run(found_rows: Iterator[list[dict]], written: str) -> list[dict]:
+def _run(command: str, written: str) -> list[dict]:
     """The rows of a bench, saved after each product: a run that is cut off leaves what it has."""
+    implementations = _implementations(command)
+    if command in model.PRODUCTS:
+        found_rows = _of_models(command, implementations)
+    else:
+        found_rows = _of_shapes(BENCHES[command], implementations)
     if device.hopper_reason():
         print(f"columns stay empty: {device.hopper_reason()}", file=sys.stderr)
     rows = [environment(written)]
@@ -184,6 +195,25 @@ def _run(found_rows: Iterator[list[dict]], written: str) -> list[dict]:
         rows += found
         if JSON.value:
             write_rows(JSON.value, rows)
+    return rows
+
+
+def _run_apart(command: str, written: str) -> list[dict]:
+    """As `_run`, with a process for each implementation, while this one leaves the GPU alone."""
+    given = [flags.FLAGS[name] for name in _GOES_WITH if name not in _OF_THE_WHOLE]
+    shared = [flag.serialize() for flag in given if flag.present]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in _implementations(command):
+            own = [f"--implementations={name}", f"--json={folder}/{name}.json"]
+            run = [sys.executable, "-m", "experiments.bench", command, *shared, *own]
+            finished = subprocess.run(run, stdout=subprocess.DEVNULL)
+            if finished.returncode:
+                sys.exit(finished.returncode)  # it has said why
+            rows = merged(rows, read_rows(f"{folder}/{name}.json"))
+            rows[0] |= {"command": written}
+            if JSON.value:
+                write_rows(JSON.value, rows)
     return rows
 
 
@@ -203,6 +233,11 @@ def _shapes() -> list[Shape]:
             f"--shapes: {SHAPES[0]} and more are for a GPU; pass small ones, 64x32x128"
         )
     return list(SHAPES)
+
+
+def _implementations(command: str) -> tuple[str, ...]:
+    module = model if command in model.PRODUCTS else BENCHES[command]
+    return _names("implementations", IMPLEMENTATIONS.value, tuple(module.IMPLEMENTATIONS))
 
 
 def _names(flag: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from s24jax.bench.operands import (
     pre_activation,
 )
 from s24jax.bench.products import make_problem, make_split_problem, relative_error
-from s24jax.bench.rows import KEYS, make_rows
+from s24jax.bench.rows import KEYS, make_rows, merged
 from s24jax.bench.shapes import Shape, Size
 from s24jax.bench.timing import Contender, Result, interleave, measure
 from s24jax.errors import Unsupported
@@ -126,6 +126,32 @@ def test_rates_and_ratios():
     empty = rows["reference"]
     assert [empty[key] for key in KEYS[9:]] == [None] * 6 + ["because"]
     assert [ours[key] for key in KEYS[:9]] == ["gemm", "y3", 4, 2, 8, 4, 2, 8, "cuda"]
+
+
+def test_rows_of_two_runs_are_compared():
+    """Each product's rows next to each other, with the ratios that one run would have had."""
+    size = Size(64, 32, 128)
+
+    def run(commit, **seconds):
+        rows = [{"bench": "environment", "commit": commit}]
+        for product, factor in (("y3", 1), ("dx", 2)):
+            results = {name: Result(factor * value) for name, value in seconds.items()}
+            rows += make_rows("gemm", product, SMALL, results, size=size)
+        return rows
+
+    seconds = {"cuda": 1e-3, "cusparselt": 2e-3, "cublas": 4e-3, "xla_dense": 3e-3}
+    one_by_one = []
+    for name, value in seconds.items():
+        one_by_one = merged(one_by_one, run(name, **{name: value}))
+    assert one_by_one == run("cuda", **seconds)
+    ours = one_by_one[1]
+    assert (ours["ratio_to_dense"], ours["ratio_to_cusparselt"]) == pytest.approx((3, 2))
+    assert "ratio_to_xla_dense" not in ours
+    # Sources and passes are no one case.
+    rows = [{**row, "pass": name} for name in ("forward", "both") for row in one_by_one[1:2]]
+    assert [row["pass"] for row in merged([], [one_by_one[0], *rows, *rows])[1:]] == [
+        *("forward", "forward", "both", "both")
+    ]
 
 
 def test_ratios_without_peers():

@@ -124,6 +124,42 @@ def test_sparsify_end_to_end(tmp_path):
 
 
 @pytest.mark.cpu_only
+def test_implementations_apart(tmp_path):
+    """As in one process, but for times; and each really has a process of its own."""
+    shared = ("ffn", "--shapes=64x32x128", "--products=ffn", "--rounds=1")
+    together, apart = tmp_path / "together.json", tmp_path / "apart.json"
+    both = "--implementations=xla_dense,reference"
+    succeed(*shared, both, f"--json={together}")
+    finished = bench(*shared, both, "--apart", f"--json={apart}", f"--table={tmp_path}/apart.md")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stderr.count("columns stay empty") == 2
+    assert finished.stdout == (tmp_path / "apart.md").read_text()
+    environment, *rows = read_rows(apart)
+    assert environment["command"].startswith("python -m experiments.bench ffn --shapes=64x32x128")
+    assert " --apart " in environment["command"]
+    assert environment | {"command": ""} == read_rows(together)[0] | {"command": ""}
+    varying = {"ms", "tflops", *(key for key in rows[0] if key.startswith("ratio_to"))}
+    for row, expected in zip(rows, read_rows(together)[1:], strict=True):
+        assert list(row) == list(expected)
+        assert {k: v for k, v in row.items() if k not in varying} == {
+            k: v for k, v in expected.items() if k not in varying
+        }
+    for dense, sparse in zip(rows[::2], rows[1::2], strict=True):
+        assert (dense["implementation"], sparse["implementation"]) == ("xla_dense", "reference")
+        assert sparse["ratio_to_xla_dense"] == pytest.approx(dense["ms"] / sparse["ms"])
+        assert sparse["ratio_to_dense"] == sparse["ratio_to_xla_dense"]
+        assert dense["ratio_to_dense"] == 1
+
+
+@pytest.mark.cpu_only
+def test_what_a_process_apart_refuses_is_said_once():
+    finished = bench("ffn", "--shapes=64x32", "--apart")
+    assert (finished.returncode, finished.stdout) == (1, "")
+    expected = "error: --shapes: '64x32' is no shape; write TxDxF, as 16384x2048x8192\n"
+    assert finished.stderr == expected
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "command, flag, preallocates",
     [
@@ -138,7 +174,7 @@ import os
 from absl import flags
 from experiments import bench
 flags.FLAGS(["bench", "--{flag}"])
-bench._run = lambda found_rows, written: []
+bench._run = lambda command, written: []
 bench._show = lambda rows: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
 bench.main(["{command}"])
 """
@@ -164,6 +200,7 @@ bench.main(["{command}"])
         (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, step, not with gemm; leave"),
         (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
         (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
+        (["estimate", "--apart"], "decode, scaling, not with estimate; leave it out"),
         (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
         (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),
         (["scaling", "--figure=x.png"], "ffn, step, prefill, decode, draw, not with scaling; le"),

@@ -43,7 +43,8 @@ the command and a version for each package.
 """
 
 import importlib.metadata
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -74,8 +75,16 @@ KEYS = (
 )
 ENVIRONMENT = "environment"
 DENSE = ("xla_dense", "cublas", "relu2_cuda")
-DENSE_RATIOS = {"ratio_to_xla_dense": "xla_dense", "ratio_to_fused_dense": "relu2_cuda"}
 CUSPARSELT = ("cusparselt", "cusparselt_compress")
+# To the fastest of these; the last two are those of FFNs and of whole models alone.
+RATIOS: Mapping[str, tuple[str, ...]] = {
+    "ratio_to_dense": DENSE,
+    "ratio_to_cusparselt": CUSPARSELT,
+    "ratio_to_xla_dense": ("xla_dense",),
+    "ratio_to_fused_dense": ("relu2_cuda",),
+}
+# What rows that are compared have in common.
+CASE = ("bench", "product", "pass", "source", "model", "layers", "mesh", "T", "D", "F")
 PEER_PACKAGES = ("torch", "triton", "jax-triton", "nvidia-cublas", "nvidia-cusparselt-cu13")
 
 Row = dict[str, Any]
@@ -103,8 +112,6 @@ def make_rows(
       flops: of several of them, dense.
     """
     flops = size.flops if size else flops
-    best_dense = _fastest(results, DENSE)
-    cusparselt = _fastest(results, CUSPARSELT)
     what = {"bench": bench, "product": product, **shape._asdict()}
     what |= size._asdict() if size else dict.fromkeys(Size._fields)
     rows = []
@@ -114,23 +121,40 @@ def make_rows(
             "ms": 1e3 * seconds if seconds else None,
             "tflops": _ratio(flops / 1e12, seconds) if flops else None,
             "gbps": _ratio(nbytes.get(implementation, 0) / 1e9, seconds),
-            "ratio_to_dense": _ratio(best_dense, seconds),
-            "ratio_to_cusparselt": _ratio(cusparselt, seconds),
+            "ratio_to_dense": None,
+            "ratio_to_cusparselt": None,
             "rel_error": result.rel_error,
             "note": result.note,
         }
         rows.append(what | {"implementation": implementation} | values)
-    return rows
+    return _compared(rows, ("ratio_to_dense", "ratio_to_cusparselt"))
 
 
 def add_ratios(rows: list[Row]) -> list[Row]:
     """The rows of one product with how much faster each is than dense FFNs, XLA's and our own."""
-    ms = {row["implementation"]: row["ms"] for row in rows}
+    return _compared(rows, tuple(RATIOS))
 
-    def ratios(row: Row) -> Row:
-        return {key: _ratio(ms.get(dense), row["ms"]) for key, dense in DENSE_RATIOS.items()}
 
-    return [row | ratios(row) for row in rows]
+def merged(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """The rows of two runs of a bench, of different implementations, compared with each other.
+
+    Args:
+      rows, others: each with its environment, of which the first is kept; `rows` may be empty.
+    """
+    cases: dict[tuple, list[Row]] = {}
+    for row in [*rows[1:], *others[1:]]:
+        cases.setdefault(tuple(row.get(key) for key in CASE), []).append(row)
+    of_all = [_compared(case, [key for key in RATIOS if key in case[0]]) for case in cases.values()]
+    return [(rows or others)[0], *itertools.chain(*of_all)]
+
+
+def _compared(rows: list[Row], ratios: Iterable[str]) -> list[Row]:
+    """The rows of one product with the ratios of their times."""
+    fastest = {}
+    for key in ratios:
+        times = [row["ms"] for row in rows if row["implementation"] in RATIOS[key]]
+        fastest[key] = min((ms for ms in times if ms), default=None)
+    return [row | {key: _ratio(ms, row["ms"]) for key, ms in fastest.items()} for row in rows]
 
 
 def environment(command: str) -> Row:
@@ -161,11 +185,6 @@ def read_rows(path: str | Path) -> list[Row]:
     if not wanted or not all(row.get("bench") == ENVIRONMENT or {*KEYS} <= {*row} for row in rows):
         raise InvalidInput(f"{path} holds no rows of a bench; name a file that --json has written")
     return rows
-
-
-def _fastest(results: dict[str, Result], names: tuple[str, ...]) -> float | None:
-    found = [results[name].seconds for name in names if name in results]
-    return min((seconds for seconds in found if seconds), default=None)
 
 
 def _ratio(amount: float | None, seconds: float | None) -> float | None:

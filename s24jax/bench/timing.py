@@ -8,7 +8,7 @@ rounds. The calls of a sample are queued without waiting in between, and so many
 and the wait at the end do not count. Operands do not fit into the cache.
 
 Contenders share a process. Once 2:4 ran in it, dense ones are some 5 % slower than in a process
-without, for a reason not known yet (experiments/006).
+without, for a reason not known yet (experiments/006); the benches' `--apart` keeps them apart.
 """
 
 import math
