@@ -120,12 +120,18 @@ def test_the_sizes_are_what_they_are_called():
 def test_the_clock_runs_for_three_sides_of_each_model():
     configs = row_configs(load("sweeps.wall_clock"))
     assert len(configs) == 6
-    for start in (0, 3):
-        xla, dense, sparse = list(configs.values())[start : start + 3]
+    for model in ("lm_100m", "wide"):
+        xla, dense, sparse = (configs[f"{model}_{side}"] for side in ("xla", "dense", "2to4"))
         assert (xla.model.implementation, dense.model.implementation) == ("reference", "auto")
         assert (xla.model.ffn, dense.model.ffn, sparse.model.ffn) == ("relu2", "relu2", "relu2_24")
         assert parameters(xla) == parameters(dense) == parameters(sparse)
     assert parameters(sparse) > 3e8
+
+
+@pytest.mark.parametrize("sweep", ["wall_clock", "sizes"])
+def test_where_speed_counts_dense_rows_come_first(sweep):
+    kinds = [config.model.ffn for config in row_configs(load(f"sweeps.{sweep}")).values()]
+    assert kinds == sorted(kinds) and set(kinds) == {"relu2", "relu2_24"}
 
 
 def test_the_width_run_forks_at_300_of_the_papers_shapes():

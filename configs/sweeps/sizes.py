@@ -2,7 +2,8 @@
 
     python -m experiments.sweep --sweep=configs/sweeps/sizes.py --workdir=runs/sizes
 
-Models of 30, 100 and 300 million parameters, each dense and 2:4, on 65 million tokens.
+Models of 30, 100 and 300 million parameters, each dense and 2:4, on 65 million tokens. Dense rows
+come first: in a process in which 2:4 ran, dense work is slower (experiments/006).
 
 Hardware: one Hopper GPU, one to five minutes a row.
 """
@@ -26,8 +27,8 @@ def get_config(mode: str = ""):
         config,
         *(
             row(f"{size}_{kind}", model={**shape, "ffn": ffn})
-            for size, shape in shapes_in(mode, SIZES).items()
             for kind, ffn in (("dense", "relu2"), ("2to4", "relu2_24"))
+            for size, shape in shapes_in(mode, SIZES).items()
         ),
         baseline="100m_dense",
     )

@@ -5,6 +5,8 @@
 Two models: configs/lm_100m.py (D 768), and one of 300 million parameters that is wide instead of
 deep (6 layers, D 2048, the width of the paper's model). Each trains on 65 million tokens.
 
+Dense rows come first: in a process in which 2:4 ran, dense work is slower (experiments/006).
+
 Hardware: one Hopper GPU, two to four minutes a row. Where our kernels cannot run, the rows are
 alike; the record says which implementation each op got.
 """
@@ -32,8 +34,8 @@ def get_config(mode: str = ""):
         config,
         *(
             row(f"{name}_{side}", model={**shape, **changes})
-            for name, shape in shapes_in(mode, SHAPES).items()
             for side, changes in SIDES.items()
+            for name, shape in shapes_in(mode, SHAPES).items()
         ),
         baseline="lm_100m_xla",
     )
