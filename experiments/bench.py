@@ -1,4 +1,4 @@
-"""Times the ops beside what users have today, on the same operand in the same process.
+"""Times the ops beside what users have today, on the same operand, by default in the same process.
 
 python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
@@ -21,7 +21,7 @@ as have the active features of a recorded run (the results of `experiments.sweep
 `step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
 `--apart` times each implementation in a process of its own, one after the other: what a user has
-who runs but one of them.
+who runs but one of them, though they no longer take turns.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
@@ -51,7 +51,7 @@ from s24jax.bench.rows import environment, merged, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_counts, parse_names, parse_shapes
 from s24jax.bench.table import table
 from s24jax.bench.tune import tune
-from s24jax.errors import InvalidInput
+from s24jax.errors import BrokenEnvironment, InvalidInput
 from s24jax.sparsity_metrics import SQUARED_RELU
 from s24jax.writer import write_bytes
 
@@ -81,8 +81,12 @@ _GOES_WITH = {
 }
 # What processes of `--apart` do not take over as it is.
 _OF_THE_WHOLE = ("json", "table", "figure", "implementations", "apart")
-# What a run's workdir says itself.
-_NOT_FROM_WORKDIR = ("profile", "shapes", "models", "layers", "widths")
+_EXCLUDES = {
+    # What a run's workdir says itself.
+    "from-workdir": ("profile", "shapes", "models", "layers", "widths"),
+    # It prints what it saves, and times our kernel alone.
+    "tune": ("json", "table", "figure", "products", "implementations", "apart"),
+}
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
 TABLE = flags.DEFINE_string("table", None, "A Markdown file for the table.")
@@ -137,9 +141,10 @@ def _check_flags(command: str) -> None:
         if command not in _GOES_WITH[name]:
             fitting = ", ".join(_GOES_WITH[name])
             raise InvalidInput(f"--{name} goes with {fitting}, not with {command}; leave it out")
-    for name in _NOT_FROM_WORKDIR:
-        if {"from-workdir", name} <= set(given):
-            raise InvalidInput(f"--from-workdir and --{name} exclude each other; leave one out")
+    for flag, others in _EXCLUDES.items():
+        for name in others:
+            if {flag, name} <= set(given):
+                raise InvalidInput(f"--{flag} and --{name} exclude each other; leave one out")
 
 
 def _of_shapes(bench: ModuleType, implementations: tuple[str, ...]) -> Iterator[list[dict]]:
@@ -207,9 +212,14 @@ def _run_apart(command: str, written: str) -> list[dict]:
         for name in _implementations(command):
             own = [f"--implementations={name}", f"--json={folder}/{name}.json"]
             run = [sys.executable, "-m", "experiments.bench", command, *shared, *own]
-            finished = subprocess.run(run, stdout=subprocess.DEVNULL)
-            if finished.returncode:
-                sys.exit(finished.returncode)  # it has said why
+            ended = subprocess.run(run, stdout=subprocess.DEVNULL).returncode
+            if ended < 0:
+                raise BrokenEnvironment(
+                    f"--apart: the process of {name} was ended by signal {-ended}; run it alone, "
+                    f"with --implementations={name}"
+                )
+            if ended:
+                sys.exit(ended)  # it has said why
             rows = merged(rows, read_rows(f"{folder}/{name}.json"))
             rows[0] |= {"command": written}
             if JSON.value:

@@ -21,7 +21,7 @@ from s24jax.bench.operands import (
     pre_activation,
 )
 from s24jax.bench.products import make_problem, make_split_problem, relative_error
-from s24jax.bench.rows import KEYS, make_rows, merged
+from s24jax.bench.rows import CASE, KEYS, make_rows, merged
 from s24jax.bench.shapes import Shape, Size
 from s24jax.bench.timing import Contender, Result, interleave, measure
 from s24jax.errors import Unsupported
@@ -147,11 +147,32 @@ def test_rows_of_two_runs_are_compared():
     ours = one_by_one[1]
     assert (ours["ratio_to_dense"], ours["ratio_to_cusparselt"]) == pytest.approx((3, 2))
     assert "ratio_to_xla_dense" not in ours
-    # Sources and passes are no one case.
-    rows = [{**row, "pass": name} for name in ("forward", "both") for row in one_by_one[1:2]]
-    assert [row["pass"] for row in merged([], [one_by_one[0], *rows, *rows])[1:]] == [
-        *("forward", "forward", "both", "both")
-    ]
+
+
+@pytest.mark.parametrize(
+    "key, values",
+    [
+        ("bench", ("step", "scaling")),
+        ("product", ("step", "prefill")),
+        ("pass", ("forward", "both")),
+        ("source", ("layer 1 of 12", "layer 12 of 12")),
+        ("model", ("lm_100m", "paper_1p5b")),
+        ("layers", (4, 12)),
+        ("mesh", ("2x1x1", "1x2x1")),
+        ("T", (4, 8)),
+        ("D", (2, 4)),
+        ("F", (8, 16)),
+    ],
+)
+def test_rows_of_unlike_cases_are_not_compared(key, values):
+    def run(implementation, *ms):
+        row = {"implementation": implementation, "ratio_to_dense": None} | dict.fromkeys(CASE, "-")
+        rows = [row | {key: value, "ms": time} for value, time in zip(values, ms, strict=True)]
+        return [{"bench": "environment"}, *rows]
+
+    rows = merged(run("cuda", 1.0, 3.0), run("xla_dense", 2.0, 12.0))[1:]
+    assert [row[key] for row in rows] == [values[0]] * 2 + [values[1]] * 2
+    assert [row["ratio_to_dense"] for row in rows] == [2.0, 1.0, 4.0, 1.0]
 
 
 def test_ratios_without_peers():

@@ -160,6 +160,29 @@ def test_what_a_process_apart_refuses_is_said_once():
 
 
 @pytest.mark.cpu_only
+def test_a_process_apart_that_is_killed():
+    code = """
+import os, signal, subprocess
+from absl import flags
+from experiments import bench
+flags.FLAGS(["bench", "--shapes=64x32x128", "--implementations=cuda", "--apart"])
+killed = ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+run = subprocess.run
+subprocess.run = lambda command, **options: run([command[0], *killed], **options)
+try:
+    bench.main(["ffn"])
+except bench.BrokenEnvironment as error:
+    print(error)
+"""
+    finished = python("-c", code)
+    expected = (
+        "--apart: the process of cuda was ended by signal 9; run it alone, with "
+        "--implementations=cuda\n"
+    )
+    assert finished.stdout == expected, finished.stderr
+
+
+@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     "command, flag, preallocates",
     [
@@ -200,6 +223,8 @@ bench.main(["{command}"])
         (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, step, not with gemm; leave"),
         (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
         (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
+        (["gemm", "--tune", "--apart"], "--tune and --apart exclude each other; leave one out"),
+        (["gemm", "--tune", "--json=x"], "--tune and --json exclude each other; leave one out"),
         (["estimate", "--apart"], "decode, scaling, not with estimate; leave it out"),
         (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
         (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),

@@ -3,9 +3,9 @@
     python -m experiments.sweep --sweep=configs/sweeps/width.py --workdir=runs/width
 
 Each row is configs/paper_1p5b.py with 65,536 tokens a step, dense for 300 steps; then a dense twin
-goes on beside the 2:4 model for 100 steps, on the same batches. The first row shares its embedding
-with the output, as the paper's does: with bytes in 256 of 131,072 rows it hardly learns. The second
-does not share it.
+goes on beside the 2:4 model for 100 steps, on the same batches, which tells losses apart, not
+speeds (experiments/006). The first row shares its embedding with the output, as the paper's does:
+with bytes in 256 of 131,072 rows it hardly learns. The second does not share it.
 
 Hardware: two Hopper GPUs with 80 GB, of which jax must take nearly all
 (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95): two states are 37 and 43 GB. Eight minutes a row; on one GPU

@@ -13,7 +13,8 @@ the outputs of FFN and attention or their inputs' gradients are summed; without,
 changes the time of the FFN alone.
 
 Assumptions:
-    FFN      forward and backward as measured on an H100 (experiments/002), of XLA and of 2:4
+    FFN      forward and backward as measured on an H100 (experiments/002), of XLA and of 2:4 in one
+             process, where dense training steps are some 5 % too slow (experiments/006)
     rest     attention, logits, optimizer at the rate of their operations in the measured step of
              the 1.5B model: 88 TFLOP in 287 ms
     rates    what a GPU receives: 370 GB/s inside a node of eight, 40 GB/s between nodes, some four

@@ -134,10 +134,11 @@ def _bench_run(workdir, batch: Batch, implementations, rounds: int) -> list[Row]
     config, program, state = restore_relu2(workdir)
     texts = [program.place(text) for text in _validation_text(config, batch)]
     zeros = float(program.probe(state.params, texts[0])["zero_share"].mean())
-    source = f"trained, step {int(state.step)}, {zeros:.1%} zeros"
+    source = f"trained, step {int(state.step)}"
     # A model that trained dense has the parameters of one that switches.
     config.model.ffn = "relu2_24"
-    _LOG.info("step of %s, %s: %d x %d tokens", config.name, source, *batch)
+    what = f"step of {config.name}, {source}, {zeros:.1%} zeros"
+    _LOG.info("%s: %d x %d tokens", what, *batch)
     sides = _sides(config, batch, one_device(), implementations)
     makers, peaks = _makers_from(state, texts, sides)
     del state

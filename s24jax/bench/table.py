@@ -11,15 +11,16 @@ from s24jax.bench.ffn_operands import SYNTHETIC
 from s24jax.bench.rates import RATES, share_of_ceiling
 from s24jax.bench.rows import ENVIRONMENT, Row
 
-# Of our kernel, where it has a column.
 OURS = "cuda"
-RATIOS = {
+# Columns of our kernel, where it has one.
+BESIDE = {
     "ratio_to_dense": (f"{OURS} : dense", "{:.2f}"),
     "ratio_to_xla_dense": (f"{OURS} : xla_dense", "{:.2f}"),
     "ratio_to_fused_dense": (f"{OURS} : relu2_cuda", "{:.2f}"),
     "ratio_to_cusparselt": (f"{OURS} : cuSPARSELt", "{:.2f}"),
     "share": ("of the ceiling", "{:.0%}"),
     "mfu": (f"MFU of {OURS}", "{:.1%}"),
+    "zeros": ("zeros in Y2", "{:.1%}"),
     "received_gb": ("GB that a device receives", "{:.3g}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
@@ -50,16 +51,16 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
         line = tuple(row[k] for k in ("T", "D", "F")) + (product, row["M"], row["N"], row["K"])
         lines.setdefault(line, {})[row["implementation"]] = row
     ours = [row for row in rows if row["implementation"] == OURS]
-    ratios = {k: v for k, v in RATIOS.items() if any(row.get(k) is not None for row in ours)}
+    beside = {k: v for k, v in BESIDE.items() if any(row.get(k) is not None for row in ours)}
     sizes = ["M", "N", "K"] if bench == "gemm" else []
-    header = ["T, D, F", "product", *sizes, *names, *(title for title, _ in ratios.values())]
+    header = ["T, D, F", "product", *sizes, *names, *(title for title, _ in beside.values())]
     notes: dict[str, int] = {}
     body = []
     for (*dims, product, m, n, k), found in lines.items():
         cells = [", ".join(map(str, dims)), product, *map(str, [m, n, k][: len(sizes)])]
         cells += [_cell(found.get(name), key, notes) for name in names]
         mine = found.get(OURS, {})
-        cells += [_number(mine.get(ratio), form) for ratio, (_, form) in ratios.items()]
+        cells += [_number(mine.get(k), form) for k, (_, form) in beside.items()]
         body.append(cells)
     found = [f"{bench}: {unit} (ms)", "", *_aligned(header, body)]
     if bench == "gemm":
