@@ -161,9 +161,11 @@ def test_what_a_process_apart_refuses_is_said_once():
 
 @pytest.mark.cpu_only
 def test_a_process_apart_that_is_killed():
+    """And this one leaves the GPU alone, whose memory the others need."""
     code = """
-import os, signal, subprocess
+import subprocess
 from absl import flags
+from jax._src.xla_bridge import backends_are_initialized
 from experiments import bench
 flags.FLAGS(["bench", "--shapes=64x32x128", "--implementations=cuda", "--apart"])
 killed = ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
@@ -173,13 +175,14 @@ try:
     bench.main(["ffn"])
 except bench.BrokenEnvironment as error:
     print(error)
+assert not backends_are_initialized()
 """
     finished = python("-c", code)
     expected = (
         "--apart: the process of cuda was ended by signal 9; run it alone, with "
         "--implementations=cuda\n"
     )
-    assert finished.stdout == expected, finished.stderr
+    assert (finished.returncode, finished.stdout) == (0, expected), finished.stderr
 
 
 @pytest.mark.cpu_only
