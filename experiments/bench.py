@@ -79,7 +79,7 @@ _GOES_WITH = {
     "meshes": ("scaling",),
     "tune": ("gemm",),
 }
-# What processes of `--apart` do not take over as it is.
+# What each process of `--apart` has its own of, or none.
 _OF_THE_WHOLE = ("json", "table", "figure", "implementations", "apart")
 _EXCLUDES = {
     # What a run's workdir says itself.
@@ -221,7 +221,7 @@ def _run_apart(command: str, written: str) -> list[dict]:
             if ended:
                 sys.exit(ended)  # it has said why
             rows = merged(rows, read_rows(f"{folder}/{name}.json"))
-            rows[0] |= {"command": written}
+            rows[0]["command"] = written
             if JSON.value:
                 write_rows(JSON.value, rows)
     return rows
@@ -246,8 +246,8 @@ def _shapes() -> list[Shape]:
 
 
 def _implementations(command: str) -> tuple[str, ...]:
-    module = model if command in model.PRODUCTS else BENCHES[command]
-    return _names("implementations", IMPLEMENTATIONS.value, tuple(module.IMPLEMENTATIONS))
+    known = tuple(BENCHES.get(command, model).IMPLEMENTATIONS)
+    return _names("implementations", IMPLEMENTATIONS.value, known)
 
 
 def _names(flag: str, text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

@@ -127,12 +127,12 @@ def make_rows(
             "note": result.note,
         }
         rows.append(what | {"implementation": implementation} | values)
-    return _compared(rows, ("ratio_to_dense", "ratio_to_cusparselt"))
+    return _compared(rows)
 
 
 def add_ratios(rows: list[Row]) -> list[Row]:
     """The rows of one product with how much faster each is than dense FFNs, XLA's and our own."""
-    return _compared(rows, tuple(RATIOS))
+    return _compared([row | dict.fromkeys(RATIOS) for row in rows])
 
 
 def merged(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
@@ -144,17 +144,18 @@ def merged(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     cases: dict[tuple, list[Row]] = {}
     for row in [*rows[1:], *others[1:]]:
         cases.setdefault(tuple(row.get(key) for key in CASE), []).append(row)
-    of_all = [_compared(case, [key for key in RATIOS if key in case[0]]) for case in cases.values()]
-    return [(rows or others)[0], *itertools.chain(*of_all)]
+    return [(rows or others)[0], *itertools.chain(*map(_compared, cases.values()))]
 
 
-def _compared(rows: list[Row], ratios: Iterable[str]) -> list[Row]:
-    """The rows of one product with the ratios of their times."""
+def _compared(rows: list[Row]) -> list[Row]:
+    """The rows of one product, with those ratios of their times that they have a place for."""
     fastest = {}
-    for key in ratios:
-        times = [row["ms"] for row in rows if row["implementation"] in RATIOS[key]]
+    for key, names in RATIOS.items():
+        times = [row["ms"] for row in rows if row["implementation"] in names]
         fastest[key] = min((ms for ms in times if ms), default=None)
-    return [row | {key: _ratio(ms, row["ms"]) for key, ms in fastest.items()} for row in rows]
+    return [
+        row | {key: _ratio(fastest[key], row["ms"]) for key in RATIOS if key in row} for row in rows
+    ]
 
 
 def environment(command: str) -> Row:
