@@ -1,4 +1,4 @@
-"""Times the ops beside what users have today, on the same operand, by default in the same process.
+"""Times the ops beside what users have today, on the same operand, each in a process of its own.
 
 python -m experiments.bench gemm|sparsify|ffn [--json=FILE] [--table=FILE] [--figure=FILE.png|svg]
     [--shapes=TxDxF,...] [--products=NAME,...] [--implementations=NAME,...] [--rounds=N]
@@ -9,7 +9,8 @@ python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N]
     [--figure=FILE.png|svg]
 python -m experiments.bench step --from-workdir=DIR [as above, without models, layers and widths]
 python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above, without --figure]
-python -m experiments.bench gemm|sparsify|ffn|step|prefill|decode|scaling --apart [as above]
+python -m experiments.bench gemm|sparsify|ffn|step|prefill|decode|scaling --together [as above]
+python -m experiments.bench clock [--json=FILE] [--table=FILE]
 python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
 python -m experiments.bench draw --json=FILE [--table=FILE] [--figure=FILE.png|svg]
@@ -20,8 +21,9 @@ as have the active features of a recorded run (the results of `experiments.sweep
 `prefill`, `decode`: whole models, in training and in inference, as configured or at other widths;
 `step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
-`--apart` times each implementation in a process of its own, one after the other: what a user has
-who runs but one of them, though they no longer take turns.
+Implementations run one after the other, each in a process of its own, since dense work is slower
+in one in which 2:4 ran; `clock` measures that. `--together` times them in one process, in turns:
+for those that run 2:4 alone, or where it is but compiled and checked.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
@@ -42,7 +44,7 @@ from ml_collections import ConfigDict
 from configs import lm_100m, paper_1p5b
 from experiments import cli
 from s24jax import device
-from s24jax.bench import estimate, ffn, gemm, model, sparsify
+from s24jax.bench import clock, estimate, ffn, gemm, model, sparsify
 from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.model_figure import MODEL_BENCHES
@@ -59,17 +61,17 @@ BENCHES = {"gemm": gemm, "sparsify": sparsify, "ffn": ffn}
 BESIDE_TORCH = ("gemm", "sparsify")
 MODELS = {"lm_100m": lm_100m.get_config, "paper_1p5b": paper_1p5b.get_config}
 _TIMED = (*BENCHES, *model.PRODUCTS)
-COMMANDS = (*_TIMED, "estimate", "draw")
+COMMANDS = (*_TIMED, "clock", "estimate", "draw")
 # What each flag goes with; elsewhere it would say nothing.
 _GOES_WITH = {
-    "json": (*_TIMED, "draw"),
-    "table": (*_TIMED, "draw"),
+    "json": (*_TIMED, "clock", "draw"),
+    "table": (*_TIMED, "clock", "draw"),
     "figure": (*BENCHES, *MODEL_BENCHES, "draw"),
     "shapes": tuple(BENCHES),
     "products": tuple(BENCHES),
     "implementations": _TIMED,
     "rounds": _TIMED,
-    "apart": _TIMED,
+    "together": _TIMED,
     "from-workdir": ("ffn", "step"),
     "profile": ("ffn",),
     "models": model.PRODUCTS,
@@ -79,13 +81,13 @@ _GOES_WITH = {
     "meshes": ("scaling",),
     "tune": ("gemm",),
 }
-# What each process of `--apart` has its own of, or none.
-_OF_THE_WHOLE = ("json", "table", "figure", "implementations", "apart")
+# What the process of an implementation has its own of, or none.
+_OF_THE_WHOLE = ("json", "table", "figure", "implementations", "together")
 _EXCLUDES = {
     # What a run's workdir says itself.
     "from-workdir": ("profile", "shapes", "models", "layers", "widths"),
     # It prints what it saves, and times our kernel alone.
-    "tune": ("json", "table", "figure", "products", "implementations", "apart"),
+    "tune": ("json", "table", "figure", "products", "implementations", "together"),
 }
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
@@ -95,7 +97,7 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
-APART = flags.DEFINE_bool("apart", False, "Each implementation in a process of its own.")
+TOGETHER = flags.DEFINE_bool("together", False, "All implementations in one process, in turns.")
 FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose model is measured.")
 PROFILE = flags.DEFINE_string("profile", None, "Results whose features `ffn` imitates.")
 MODELS_FLAG = flags.DEFINE_string("models", ",".join(MODELS), "Of step, prefill and decode.")
@@ -120,6 +122,7 @@ def main(arguments: list[str]) -> None:
         # torch allocates on the same GPU, of which jax would take three quarters when it starts.
         # The others need them in one piece: in a pool that grows, a large model found none.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    written = " ".join(["python -m experiments.bench", *arguments])
     if TUNE.value:
         for line in tune(_shapes(), ROUNDS.value):
             print(line)
@@ -130,9 +133,12 @@ def main(arguments: list[str]) -> None:
         if not JSON.value:
             raise InvalidInput("draw: --json is not given; name the file of the rows")
         _show(read_rows(JSON.value))
+    elif command == "clock":
+        _show(_saved(written, clock.bench()))
+    elif TOGETHER.value or len(_implementations(command)) == 1:
+        _show(_run(command, written))
     else:
-        written = " ".join(["python -m experiments.bench", *arguments])
-        _show(_run_apart(command, written) if APART.value else _run(command, written))
+        _show(_run_apart(command, written))
 
 
 def _check_flags(command: str) -> None:
@@ -187,14 +193,21 @@ def _config(written: str) -> ConfigDict:
 
 
 def _run(command: str, written: str) -> list[dict]:
-    """The rows of a bench, saved after each product: a run that is cut off leaves what it has."""
+    """The rows of a bench, and a word on those that have none."""
     implementations = _implementations(command)
     if command in model.PRODUCTS:
-        found_rows = _of_models(command, implementations)
+        rows = _saved(written, _of_models(command, implementations))
     else:
-        found_rows = _of_shapes(BENCHES[command], implementations)
-    if device.hopper_reason():
-        print(f"columns stay empty: {device.hopper_reason()}", file=sys.stderr)
+        rows = _saved(written, _of_shapes(BENCHES[command], implementations))
+    timed = {row["implementation"] for row in rows[1:] if row["ms"]}
+    untimed = [name for name in implementations if name not in timed]
+    if untimed and device.hopper_reason():
+        print(f"no times of {', '.join(untimed)}: {device.hopper_reason()}", file=sys.stderr)
+    return rows
+
+
+def _saved(written: str, found_rows: Iterator[list[dict]]) -> list[dict]:
+    """The rows, saved after each product: a run that is cut off leaves what it has."""
     rows = [environment(written)]
     for found in found_rows:
         rows += found
@@ -215,7 +228,7 @@ def _run_apart(command: str, written: str) -> list[dict]:
             ended = subprocess.run(run, stdout=subprocess.DEVNULL).returncode
             if ended < 0:
                 raise BrokenEnvironment(
-                    f"--apart: the process of {name} was ended by signal {-ended}; run it alone, "
+                    f"{command}: the process of {name} was ended by signal {-ended}; run it alone, "
                     f"with --implementations={name}"
                 )
             if ended:

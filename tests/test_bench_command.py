@@ -69,6 +69,7 @@ def test_gemm_end_to_end(tmp_path):
     files = {kind: tmp_path / f"gemm.{kind}" for kind in ("json", "md", "png")}
     finished = bench(
         "gemm",
+        "--together",
         "--shapes=64x32x128",
         "--rounds=1",
         f"--json={files['json']}",
@@ -76,14 +77,16 @@ def test_gemm_end_to_end(tmp_path):
         f"--figure={files['png']}",
     )
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.startswith("columns stay empty: the default device is a CPU; needs")
+    assert finished.stderr.splitlines()[-1].startswith(
+        "no times of cuda, cublas, cusparselt, cuda_split: the default device is a CPU; needs"
+    )
     assert finished.stdout == files["md"].read_text()
     assert files["png"].read_bytes().startswith(b"\x89PNG")
     environment, *rows = json.loads(files["json"].read_text())
     assert environment["bench"] == "environment"
     assert environment["device"] == "cpu: cpu"
     assert environment["jax"] == jax.__version__
-    assert environment["command"].startswith("python -m experiments.bench gemm --shapes=64x32x128")
+    assert environment["command"].startswith("python -m experiments.bench gemm --together --shap")
     assert {"commit", "python", "torch"} <= set(environment)
     assert len(rows) == 2 * 5 + 2 * 6
     for row in rows:
@@ -129,14 +132,13 @@ def test_implementations_apart(tmp_path):
     shared = ("ffn", "--shapes=64x32x128", "--products=ffn", "--rounds=1")
     together, apart = tmp_path / "together.json", tmp_path / "apart.json"
     both = "--implementations=xla_dense,reference"
-    succeed(*shared, both, f"--json={together}")
-    finished = bench(*shared, both, "--apart", f"--json={apart}", f"--table={tmp_path}/apart.md")
+    succeed(*shared, both, "--together", f"--json={together}")
+    finished = bench(*shared, both, f"--json={apart}", f"--table={tmp_path}/apart.md")
     assert finished.returncode == 0, finished.stderr
-    assert finished.stderr.count("columns stay empty") == 2
     assert finished.stdout == (tmp_path / "apart.md").read_text()
     environment, *rows = read_rows(apart)
     assert environment["command"].startswith("python -m experiments.bench ffn --shapes=64x32x128")
-    assert " --apart " in environment["command"]
+    assert f" {both} " in environment["command"]
     assert environment | {"command": ""} == read_rows(together)[0] | {"command": ""}
     varying = {"ms", "tflops", *(key for key in rows[0] if key.startswith("ratio_to"))}
     for row, expected in zip(rows, read_rows(together)[1:], strict=True):
@@ -153,7 +155,7 @@ def test_implementations_apart(tmp_path):
 
 @pytest.mark.cpu_only
 def test_what_a_process_apart_refuses_is_said_once():
-    finished = bench("ffn", "--shapes=64x32", "--apart")
+    finished = bench("ffn", "--shapes=64x32")
     assert (finished.returncode, finished.stdout) == (1, "")
     expected = "error: --shapes: '64x32' is no shape; write TxDxF, as 16384x2048x8192\n"
     assert finished.stderr == expected
@@ -167,7 +169,7 @@ import subprocess
 from absl import flags
 from jax._src.xla_bridge import backends_are_initialized
 from experiments import bench
-flags.FLAGS(["bench", "--shapes=64x32x128", "--implementations=cuda", "--apart"])
+flags.FLAGS(["bench", "--shapes=64x32x128", "--implementations=cuda,reference"])
 killed = ["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
 run = subprocess.run
 subprocess.run = lambda command, **options: run([command[0], *killed], **options)
@@ -179,7 +181,7 @@ assert not backends_are_initialized()
 """
     finished = python("-c", code)
     expected = (
-        "--apart: the process of cuda was ended by signal 9; run it alone, with "
+        "ffn: the process of cuda was ended by signal 9; run it alone, with "
         "--implementations=cuda\n"
     )
     assert (finished.returncode, finished.stdout) == (0, expected), finished.stderr
@@ -200,7 +202,7 @@ import os
 from absl import flags
 from experiments import bench
 flags.FLAGS(["bench", "--{flag}"])
-bench._run = lambda command, written: []
+bench._run = bench._run_apart = lambda command, written: []
 bench._show = lambda rows: print(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
 bench.main(["{command}"])
 """
@@ -215,24 +217,26 @@ bench.main(["{command}"])
         (
             ["gem"],
             "'gem' is no bench; write gemm, sparsify, ffn, step, prefill, decode, scaling, "
-            "estimate or draw before the flags",
+            "clock, estimate or draw before the flags",
         ),
         (["gemm"], "--shapes: 16384x2048x8192 and more are for a GPU; pass small ones"),
         (["gemm", "--shapes=64x32"], "'64x32' is no shape; write TxDxF"),
         (["sparsify", "--shapes=64x32x128", "--products=y3"], "--products: 'y3' does not exist"),
         (["gemm", "--tune", "--shapes=64x32x128"], "tune: the default device is a CPU; needs"),
+        (["clock"], "clock: the default device is a CPU; needs an NVIDIA GPU of compute capabil"),
+        (["clock", "--rounds=1"], "step, prefill, decode, scaling, not with clock; leave it out"),
         (["sparsify", "--tune"], "--tune goes with gemm, not with sparsify; leave it out"),
         (["gemm", "--figure=x.pdf"], "--figure: 'x.pdf' ends on no known format"),
         (["gemm", "--from-workdir=x"], "--from-workdir goes with ffn, step, not with gemm; leave"),
         (["gemm", "--profile=x"], "--profile goes with ffn, not with gemm; leave it out"),
         (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
-        (["gemm", "--tune", "--apart"], "--tune and --apart exclude each other; leave one out"),
+        (["gemm", "--tune", "--together"], "--tune and --together exclude each other; leave one"),
         (["gemm", "--tune", "--json=x"], "--tune and --json exclude each other; leave one out"),
-        (["estimate", "--apart"], "decode, scaling, not with estimate; leave it out"),
+        (["estimate", "--together"], "decode, scaling, not with estimate; leave it out"),
         (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
         (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),
         (["scaling", "--figure=x.png"], "ffn, step, prefill, decode, draw, not with scaling; le"),
-        (["estimate", "--json=x"], "decode, scaling, draw, not with estimate; leave it out"),
+        (["estimate", "--json=x"], "scaling, clock, draw, not with estimate; leave it out"),
         (
             ["ffn", "--from-workdir=x", "--shapes=64x32x128"],
             "--from-workdir and --shapes exclude each other; leave one out",

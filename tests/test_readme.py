@@ -81,6 +81,7 @@ def test_the_quickstart_table_is_a_closing_table():
         0.0,
     )  # fmt: skip
     summary = {"name": "quickstart", "steps": 300, "mode": "sparse24", "dense_twin": figures}
+    summary["tokens_per_second_before_switch"] = 0.0
     printed = [line.split("|")[1] for line in table.splitlines()]
     assert printed == [line.split("|")[1] for line in closing_table(summary | figures).splitlines()]
 

@@ -109,6 +109,7 @@ def test_a_run_with_a_twin():
             "validation_loss_dense": 1.75,
             "bits_per_byte": 1.5 / math.log(2),
             "tokens_per_second": 170.0,  # the median; the dense steps before do not count
+            "tokens_per_second_before_switch": 101.0,  # nor those of the twin here
             "zero_share": 0.85,
             "dropped_token_wise": 0.02,
             "dropped_feature_wise": 0.04,
@@ -144,6 +145,7 @@ def test_a_run_of_a_kind_without_sparsity():
             "validation_loss_dense": 1.75,
             "bits_per_byte": 1.75 / math.log(2),
             "tokens_per_second": 2000.0,
+            "tokens_per_second_before_switch": None,
             **dict.fromkeys(SHARES),
             "zero_share_per_layer": None,
             "best_validation_loss": 1.75,
@@ -182,6 +184,7 @@ def test_closing_table_of_a_twin():
         "| the same weights, evaluated dense | 1.7500 | 1.4375 |",
         "| bits per byte | 2.1640 | 2.0739 |",
         "| tokens/s | 170 | 91 |",
+        "| tokens/s, dense, before 2:4 | 101 | - |",
         "| zeros in Y2 | 85.0% | 75.0% |",
         "| dropped token-wise | 2.0% | 6.0% |",
         "| dropped feature-wise | 4.0% | 20.0% |",
@@ -206,6 +209,17 @@ def test_closing_table_without_a_rate():
     summary = summarize(run_config(), 1234, twin_records())
     summary["tokens_per_second"] = None
     assert "| tokens/s | - | 91 |" in closing_table(summary).splitlines()
+
+
+def test_closing_table_of_a_run_that_starts_with_sparse24():
+    """And of a summary that was written before there was that row."""
+    records = [record for record in twin_records() if record["step"] > 20]
+    summary = summarize(run_config(), 1234, records)
+    assert summary["tokens_per_second_before_switch"] is None
+    table = closing_table(summary)
+    assert "before 2:4" not in table
+    del summary["tokens_per_second_before_switch"]
+    assert closing_table(summary) == table
 
 
 def test_a_run_whose_last_loss_is_not_finite_has_a_table():

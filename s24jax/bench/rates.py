@@ -13,6 +13,7 @@ RATES = {
     "prefill": ("tokens_per_s", "tokens/s of a prompt"),
     "decode": ("tokens_per_s", "tokens/s, one for each sequence"),
     "scaling": ("tokens_per_s", "tokens/s of training steps on all devices"),
+    "clock": ("tflops", "TFLOP/s of one dense product"),
 }
 # TFLOP/s of bfloat16 on random data, dense-equivalent: a loop of wgmma instructions, 128x256 tiles
 # from shared memory, and of the copies into it, without an epilogue. Short bursts on operands in

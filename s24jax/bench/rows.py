@@ -38,6 +38,11 @@ those of "scaling" besides, where mfu is that of each device,
     received_gb            what each device receives from others, see `s24jax.bench.traffic`
     received_gb_data, received_gb_fsdp, received_gb_tensor     over which axis
 
+and those of "clock"
+
+    mhz, watts             of the GPU, the product running
+    idle_watts             idle, right after it
+
 The first row is the environment: bench is "environment", the other keys are the device, the commit,
 the command and a version for each package.
 """
@@ -103,7 +108,7 @@ def make_rows(
     """The rows of one product at one shape.
 
     Args:
-      bench: "gemm", "sparsify", "ffn", or one of whole models.
+      bench: "gemm", "sparsify", "ffn", "clock", or one of whole models.
       product: its name.
       shape: of the FFN.
       results: of each implementation.

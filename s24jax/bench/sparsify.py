@@ -40,8 +40,8 @@ from s24jax.prune24 import prune24
 
 PRODUCTS = ("copy", "sparsify24", "feature_wise24", "split_features")
 OPS = ("cuda", "triton", "reference")
-PEERS = ("xla", "cusparselt_compress")
-IMPLEMENTATIONS = OPS + PEERS
+CUSPARSELT = "cusparselt_compress"
+IMPLEMENTATIONS = ("xla", *OPS, CUSPARSELT)
 
 Makers = dict[str, Callable[[], Contender]]
 
@@ -85,7 +85,7 @@ def _sparsify(shape: Shape, operands: Operands) -> Makers:
         return Contender(partial(call, y1), lambda out: float(_sparsify_error(out, y1)))
 
     makers = {name: partial(make, name) for name in OPS}
-    return makers | {"cusparselt_compress": lambda: torch_peers.compress(operands.y2)}
+    return makers | {CUSPARSELT: lambda: torch_peers.compress(operands.y2)}
 
 
 @jax.jit

@@ -12,7 +12,8 @@ from s24jax.bench.rates import RATES, share_of_ceiling
 from s24jax.bench.rows import ENVIRONMENT, Row
 
 OURS = "cuda"
-# Columns of our kernel, where it has one.
+_WATCHED = "xla"  # the one implementation of "clock"
+# Columns of our kernel, where it has one, or of the product whose clock is watched.
 BESIDE = {
     "ratio_to_dense": (f"{OURS} : dense", "{:.2f}"),
     "ratio_to_xla_dense": (f"{OURS} : xla_dense", "{:.2f}"),
@@ -22,6 +23,9 @@ BESIDE = {
     "mfu": (f"MFU of {OURS}", "{:.1%}"),
     "zeros": ("zeros in Y2", "{:.1%}"),
     "received_gb": ("GB that a device receives", "{:.3g}"),
+    "mhz": ("MHz", "{:,.0f}"),
+    "watts": ("W", "{:.0f}"),
+    "idle_watts": ("W idle", "{:.0f}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
 
@@ -50,7 +54,8 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
         product = _label(row)
         line = tuple(row[k] for k in ("T", "D", "F")) + (product, row["M"], row["N"], row["K"])
         lines.setdefault(line, {})[row["implementation"]] = row
-    ours = [row for row in rows if row["implementation"] == OURS]
+    shown = _WATCHED if bench == "clock" else OURS
+    ours = [row for row in rows if row["implementation"] == shown]
     beside = {k: v for k, v in BESIDE.items() if any(row.get(k) is not None for row in ours)}
     sizes = ["M", "N", "K"] if bench == "gemm" else []
     header = ["T, D, F", "product", *sizes, *names, *(title for title, _ in beside.values())]
@@ -59,7 +64,7 @@ def _table(bench: str, rows: list[Row]) -> list[str]:
     for (*dims, product, m, n, k), found in lines.items():
         cells = [", ".join(map(str, dims)), product, *map(str, [m, n, k][: len(sizes)])]
         cells += [_cell(found.get(name), key, notes) for name in names]
-        mine = found.get(OURS, {})
+        mine = found.get(shown, {})
         cells += [_number(mine.get(k), form) for k, (_, form) in beside.items()]
         body.append(cells)
     found = [f"{bench}: {unit} (ms)", "", *_aligned(header, body)]

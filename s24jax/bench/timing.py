@@ -7,9 +7,9 @@ another order, so that none always follows the same neighbour, and its time is t
 rounds. The calls of a sample are queued without waiting in between, and so many that Python's part
 and the wait at the end do not count. Operands do not fit into the cache.
 
-Contenders share a process. Once 2:4 ran in it, a dense training step takes some 5 % longer than in
-a process without, for a reason not known yet (experiments/006; of single ops it is not known). The
-benches' `--apart` keeps implementations apart, which then take no turns.
+Contenders share a process here. A 2:4 product slows the dense ones of its process (see
+`s24jax.bench.clock`), so `experiments.bench` gives each implementation a process of its own unless
+it is told otherwise, and then calls this for one at a time.
 """
 
 import math
