@@ -9,7 +9,8 @@ python -m experiments.bench step|prefill|decode [--models=NAME,...] [--layers=N]
     [--figure=FILE.png|svg]
 python -m experiments.bench step --from-workdir=DIR [as above, without models, layers and widths]
 python -m experiments.bench scaling [--meshes=DATAxFSDPxTENSOR,...] [as above, without --figure]
-python -m experiments.bench gemm|sparsify|ffn|step|prefill|decode|scaling --together [as above]
+python -m experiments.bench gemm|sparsify|ffn|step|prefill|decode|scaling
+    [--processes=N | --together] [as above]
 python -m experiments.bench clock [--json=FILE] [--table=FILE]
 python -m experiments.bench estimate
 python -m experiments.bench gemm --tune [--shapes=TxDxF,...] [--rounds=N]
@@ -22,8 +23,8 @@ as have the active features of a recorded run (the results of `experiments.sweep
 `step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
 Implementations run one after the other, each in a process of its own, since dense work is slower
-in one in which 2:4 ran; `clock` measures that. `--together` times them in one process, in turns:
-for those that run 2:4 alone, or where it is but compiled and checked.
+in one in which 2:4 ran; `clock` measures that. Of `--processes` in turns the median one counts: XLA
+chooses kernels anew in each. `--together` times all in one process, in turns.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.
@@ -34,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from types import ModuleType
 
 import jax
@@ -49,7 +50,7 @@ from s24jax.bench.captured import captured
 from s24jax.bench.figure import check_format, save_bench_figure
 from s24jax.bench.model_figure import MODEL_BENCHES
 from s24jax.bench.profile import profiled
-from s24jax.bench.rows import environment, merged, read_rows, write_rows
+from s24jax.bench.rows import environment, median_rows, merged, read_rows, write_rows
 from s24jax.bench.shapes import SHAPES, Shape, parse_counts, parse_names, parse_shapes
 from s24jax.bench.table import table
 from s24jax.bench.tune import tune
@@ -71,6 +72,7 @@ _GOES_WITH = {
     "products": tuple(BENCHES),
     "implementations": _TIMED,
     "rounds": _TIMED,
+    "processes": _TIMED,
     "together": _TIMED,
     "from-workdir": ("ffn", "step"),
     "profile": ("ffn",),
@@ -82,12 +84,13 @@ _GOES_WITH = {
     "tune": ("gemm",),
 }
 # What the process of an implementation has its own of, or none.
-_OF_THE_WHOLE = ("json", "table", "figure", "implementations", "together")
+_OF_THE_WHOLE = ("json", "table", "figure", "implementations", "processes", "together")
 _EXCLUDES = {
     # What a run's workdir says itself.
     "from-workdir": ("profile", "shapes", "models", "layers", "widths"),
     # It prints what it saves, and times our kernel alone.
-    "tune": ("json", "table", "figure", "products", "implementations", "together"),
+    "tune": ("json", "table", "figure", "products", "implementations", "processes", "together"),
+    "together": ("processes",),
 }
 
 JSON = flags.DEFINE_string("json", None, "The file of the rows.")
@@ -97,6 +100,7 @@ SHAPES_FLAG = flags.DEFINE_string("shapes", None, "TxDxF,... Default: four for a
 PRODUCTS = flags.DEFINE_string("products", None, "Some of the bench's products. Default: all.")
 IMPLEMENTATIONS = flags.DEFINE_string("implementations", None, "Some of them. Default: all.")
 ROUNDS = flags.DEFINE_integer("rounds", 9, "Samples of each implementation.", lower_bound=1)
+PROCESSES = flags.DEFINE_integer("processes", 1, "Of each implementation.", lower_bound=1)
 TOGETHER = flags.DEFINE_bool("together", False, "All implementations in one process, in turns.")
 FROM_WORKDIR = flags.DEFINE_string("from-workdir", None, "A run whose model is measured.")
 PROFILE = flags.DEFINE_string("profile", None, "Results whose features `ffn` imitates.")
@@ -135,7 +139,7 @@ def main(arguments: list[str]) -> None:
         _show(read_rows(JSON.value))
     elif command == "clock":
         _show(_saved(written, clock.bench()))
-    elif TOGETHER.value or len(_implementations(command)) == 1:
+    elif TOGETHER.value or (PROCESSES.value == len(_implementations(command)) == 1):
         _show(_run(command, written))
     else:
         _show(_run_apart(command, written))
@@ -217,27 +221,33 @@ def _saved(written: str, found_rows: Iterator[list[dict]]) -> list[dict]:
 
 
 def _run_apart(command: str, written: str) -> list[dict]:
-    """As `_run`, with a process for each implementation, while this one leaves the GPU alone."""
-    given = [flags.FLAGS[name] for name in _GOES_WITH if name not in _OF_THE_WHOLE]
-    shared = [flag.serialize() for flag in given if flag.present]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for name in _implementations(command):
-            own = [f"--implementations={name}", f"--json={folder}/{name}.json"]
-            run = [sys.executable, "-m", "experiments.bench", command, *shared, *own]
-            ended = subprocess.run(run, stdout=subprocess.DEVNULL).returncode
-            if ended < 0:
-                raise BrokenEnvironment(
-                    f"{command}: the process of {name} was ended by signal {-ended}; run it alone, "
-                    f"with --implementations={name}"
-                )
-            if ended:
-                sys.exit(ended)  # it has said why
-            rows = merged(rows, read_rows(f"{folder}/{name}.json"))
-            rows[0]["command"] = written
-            if JSON.value:
-                write_rows(JSON.value, rows)
+    """As `_run`, in processes of each implementation, while this one leaves the GPU alone."""
+    found: dict[str, list[list[dict]]] = {name: [] for name in _implementations(command)}
+    for name in [*found] * PROCESSES.value:
+        found[name].append(_run_alone(command, name))
+        rows = reduce(merged, (median_rows(runs) for runs in found.values() if runs))
+        rows[0]["command"] = written
+        if JSON.value:
+            write_rows(JSON.value, rows)
     return rows
+
+
+def _run_alone(command: str, name: str) -> list[dict]:
+    """The rows of one implementation, from a process of its own."""
+    given = [flags.FLAGS[flag] for flag in _GOES_WITH if flag not in _OF_THE_WHOLE]
+    shared = [flag.serialize() for flag in given if flag.present]
+    with tempfile.TemporaryDirectory() as folder:
+        own = [f"--implementations={name}", f"--json={folder}/rows.json"]
+        run = [sys.executable, "-m", "experiments.bench", command, *shared, *own]
+        ended = subprocess.run(run, stdout=subprocess.DEVNULL).returncode
+        if ended < 0:
+            raise BrokenEnvironment(
+                f"{command}: the process of {name} was ended by signal {-ended}; run it alone, "
+                f"with --implementations={name}"
+            )
+        if ended:
+            sys.exit(ended)  # it has said why
+        return read_rows(f"{folder}/rows.json")
 
 
 def _show(rows: list[dict]) -> None:

@@ -4,6 +4,7 @@ the reference, tuning on fake schedules.
 
 import itertools
 import types
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from s24jax.bench.operands import (
     pre_activation,
 )
 from s24jax.bench.products import make_problem, make_split_problem, relative_error
-from s24jax.bench.rows import CASE, KEYS, make_rows, merged
+from s24jax.bench.rows import CASE, KEYS, make_rows, median_rows, merged
 from s24jax.bench.shapes import Shape, Size
 from s24jax.bench.timing import Contender, Result, interleave, measure
 from s24jax.errors import Unsupported
@@ -140,13 +141,30 @@ def test_rows_of_two_runs_are_compared():
         return rows
 
     seconds = {"cuda": 1e-3, "cusparselt": 2e-3, "cublas": 4e-3, "xla_dense": 3e-3}
-    one_by_one = []
-    for name, value in seconds.items():
-        one_by_one = merged(one_by_one, run(name, **{name: value}))
+    one_by_one = reduce(merged, (run(name, **{name: value}) for name, value in seconds.items()))
     assert one_by_one == run("cuda", **seconds)
     ours = one_by_one[1]
     assert (ours["ratio_to_dense"], ours["ratio_to_cusparselt"]) == pytest.approx((3, 2))
     assert "ratio_to_xla_dense" not in ours
+
+
+def test_the_median_of_several_processes():
+    """Row by row; a time that one process has not is none."""
+
+    def run(*ms):
+        rows = [{"product": i, "ms": time, "note": f"of {ms}"} for i, time in enumerate(ms)]
+        return [{"bench": "environment", "first": ms[0]}, *rows]
+
+    runs = [run(3.0, 1.0, None), run(1.0, 2.0, 4.0), run(2.0, 3.0, 5.0)]
+    environment, *rows = median_rows(runs)
+    assert environment == {"bench": "environment", "first": 3.0}
+    assert [(row["ms"], row["note"]) for row in rows] == [
+        (2.0, "of (2.0, 3.0, 5.0)"),
+        (2.0, "of (1.0, 2.0, 4.0)"),
+        (None, "of (3.0, 1.0, None)"),
+    ]
+    assert [row["ms"] for row in median_rows(runs[1:])[1:]] == [1.0, 2.0, 4.0]
+    assert median_rows(runs[:1]) == runs[0]
 
 
 @pytest.mark.parametrize(
@@ -225,6 +243,24 @@ def test_contenders_take_turns():
     rounds = [calls[start : start + 44] for start in range(12, len(calls), 44)]
     turns = {"".join(order) for order in itertools.permutations(samples)}
     assert len(rounds) == 9 and set(rounds) <= turns and len(set(rounds)) > 3
+
+
+def test_a_gpu_settles_first(monkeypatch):
+    """60 ms of each in turns, for two seconds; on a CPU not at all."""
+    calls = {}
+    for backend in ("gpu", "cpu"):
+        monkeypatch.setattr("jax.default_backend", lambda backend=backend: backend)
+        device = FakeDevice()
+        times = {"a": 0.03, "b": 0.06}
+        makers = {name: partial(device.contender, name, s) for name, s in times.items()}
+        found = measure(makers, 1, clock=device.clock)
+        assert {name: result.seconds for name, result in found.items()} == pytest.approx(times)
+        calls[backend] = "".join(device.calls)
+    settled = 17 * "aab"  # 2.04 s
+    checked_and_timed = 2 * "a" + 2 * "b" + 4 * "a" + 4 * "b"
+    assert calls["gpu"].startswith(checked_and_timed + settled)
+    assert calls["gpu"].replace(settled, "", 1) == calls["cpu"]
+    assert interleave({}, 1, settle_s=9.0) == {}
 
 
 def test_the_median_leaves_out_what_disturbs():

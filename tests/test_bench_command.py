@@ -153,6 +153,29 @@ def test_implementations_apart(tmp_path):
         assert dense["ratio_to_dense"] == 1
 
 
+def test_processes_take_turns(tmp_path):
+    """And the median of each implementation is compared."""
+    code = f"""
+from absl import flags
+from experiments import bench
+from s24jax.bench.rows import KEYS, RATIOS
+flags.FLAGS(["bench", "--implementations=cuda,xla_dense", "--processes=3", "--json={tmp_path}/x"])
+times = iter([1.0, 20.0, 3.0, 40.0, 2.0, 30.0])
+def run_alone(command, name):
+    print(command, name)
+    row = dict.fromkeys([*KEYS, *RATIOS]) | dict(bench="gemm", implementation=name, ms=next(times))
+    return [dict(bench="environment", command="alone"), row]
+bench._run_alone = run_alone
+rows = bench._run_apart("gemm", "as written")
+assert rows == bench.read_rows("{tmp_path}/x")
+print(rows[0]["command"], [(row["ms"], row["ratio_to_xla_dense"]) for row in rows[1:]])
+"""
+    finished = python("-c", code)
+    assert finished.returncode == 0, finished.stderr
+    turns = ["gemm cuda", "gemm xla_dense"] * 3
+    assert finished.stdout.splitlines() == [*turns, "as written [(2.0, 15.0), (30.0, 1.0)]"]
+
+
 @pytest.mark.cpu_only
 def test_what_a_process_apart_refuses_is_said_once():
     finished = bench("ffn", "--shapes=64x32")
@@ -232,6 +255,10 @@ bench.main(["{command}"])
         (["gemm", "--widths=64"], "--widths goes with step, prefill, decode, scaling, not with ge"),
         (["gemm", "--tune", "--together"], "--tune and --together exclude each other; leave one"),
         (["gemm", "--tune", "--json=x"], "--tune and --json exclude each other; leave one out"),
+        (
+            ["gemm", "--together", "--processes=2"],
+            "--together and --processes exclude each other; leave one out",
+        ),
         (["estimate", "--together"], "decode, scaling, not with estimate; leave it out"),
         (["step", "--meshes=8x1x1"], "--meshes goes with scaling, not with step; leave it out"),
         (["step", "--shapes=64x32x128"], "--shapes goes with gemm, sparsify, ffn, not with step"),

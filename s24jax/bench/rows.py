@@ -144,12 +144,29 @@ def merged(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
     """The rows of two runs of a bench, of different implementations, compared with each other.
 
     Args:
-      rows, others: each with its environment, of which the first is kept; `rows` may be empty.
+      rows, others: each with its environment, of which the first is kept.
     """
     cases: dict[tuple, list[Row]] = {}
     for row in [*rows[1:], *others[1:]]:
         cases.setdefault(tuple(row.get(key) for key in CASE), []).append(row)
-    return [(rows or others)[0], *itertools.chain(*map(_compared, cases.values()))]
+    return [rows[0], *itertools.chain(*map(_compared, cases.values()))]
+
+
+def median_rows(runs: Sequence[Sequence[Row]]) -> list[Row]:
+    """Of each row the one with the median time, the shorter of two.
+
+    Args:
+      runs: of the same bench and implementation, each with its environment, of which the first is
+        kept.
+    """
+    first, *_ = runs
+    return [first[0], *(_median_row(rows) for rows in zip(*(r[1:] for r in runs), strict=True))]
+
+
+def _median_row(rows: Sequence[Row]) -> Row:
+    """A row without a time has a reason, which counts before any time."""
+    ranked = sorted(rows, key=lambda row: row["ms"] or 0.0)
+    return ranked[0] if not ranked[0]["ms"] else ranked[(len(ranked) - 1) // 2]
 
 
 def _compared(rows: list[Row]) -> list[Row]:

@@ -1,11 +1,12 @@
 """Contenders measured in turns.
 
-The clock of a GPU falls with its power, and follows it within some 50 ms, so that what runs after
-something cool looks faster than it is. Every sample therefore begins with calls that are not timed,
-until the clock is the contender's own. Every contender is sampled in every round, each time in
-another order, so that none always follows the same neighbour, and its time is the median over
-rounds. The calls of a sample are queued without waiting in between, and so many that Python's part
-and the wait at the end do not count. Operands do not fit into the cache.
+A GPU may draw more than its limit for about a second, and its clock falls with its power, within
+some 50 ms; so what runs first, or after something cool, looks faster than it is in a training run.
+All contenders therefore run for two seconds before the first sample, and every sample begins with
+calls that are not timed, until the clock is the contender's own. Every contender is sampled in
+every round, each time in another order, so that none always follows the same neighbour, and its
+time is the median over rounds. The calls of a sample are queued without waiting in between, and so
+many that Python's part and the wait at the end do not count. Operands do not fit into the cache.
 
 Contenders share a process here. A 2:4 product slows the dense ones of its process (see
 `s24jax.bench.clock`), so `experiments.bench` gives each implementation a process of its own unless
@@ -25,7 +26,7 @@ import numpy as np
 
 from s24jax.errors import EXPECTED
 
-WARM_UP_S, SAMPLE_S = 0.06, 0.08
+SETTLE_S, WARM_UP_S, SAMPLE_S = 2.0, 0.06, 0.08
 # A product of bfloat16 operands, rounded once, is off by 0.002; this is no rounding any more.
 WRONG = 1e-2
 
@@ -102,7 +103,8 @@ def measure(
         results[name] = _result(contender, None, error)
         if not is_wrong(error):
             running[name] = contender
-    for name, seconds in interleave(running, rounds, clock=clock).items():
+    settle_s = SETTLE_S if jax.default_backend() == "gpu" else 0.0
+    for name, seconds in interleave(running, rounds, settle_s=settle_s, clock=clock).items():
         before, after = results[name].rel_error, checked_error(running[name])
         worst = None if before is None else float(np.maximum(before, after))
         results[name] = _result(running[name], seconds, worst)
@@ -110,18 +112,37 @@ def measure(
 
 
 def interleave(
-    contenders: Mapping[Name, Contender], rounds: int, *, clock: Clock = time.perf_counter
+    contenders: Mapping[Name, Contender],
+    rounds: int,
+    *,
+    settle_s: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> dict[Name, float]:
-    """Median seconds of one call of each contender; the orders are the same in every run."""
+    """Median seconds of one call of each contender; the orders are the same in every run.
+
+    Args:
+      contenders: to be sampled.
+      rounds: samples of each.
+      settle_s: seconds in which they run before.
+      clock: seconds.
+    """
     seconds = {}
     for name, contender in contenders.items():
         sample(contender, 1, clock)
         seconds[name] = max(sample(contender, 3, clock), 1e-9)
+
+    def warm_up(name: Name) -> None:
+        sample(contenders[name], math.ceil(WARM_UP_S / seconds[name]), clock)
+
+    settled = clock() + settle_s
+    while contenders and clock() < settled:
+        for name in contenders:
+            warm_up(name)
     samples = {name: [] for name in contenders}
     order = random.Random(0)
     for _ in range(rounds):
         for name in order.sample(list(contenders), len(contenders)):
-            sample(contenders[name], math.ceil(WARM_UP_S / seconds[name]), clock)
+            warm_up(name)
             calls = math.ceil(SAMPLE_S / seconds[name])
             samples[name].append(sample(contenders[name], calls, clock))
     return {name: statistics.median(values) for name, values in samples.items()}
