@@ -3,7 +3,7 @@
     python -m experiments.sweep --sweep=configs/sweeps/sizes.py --workdir=runs/sizes
 
 Models of 30, 100 and 300 million parameters, each dense and 2:4, on 65 million tokens. Dense rows
-come first: in a process in which 2:4 ran, dense steps are slower (experiments/006).
+come first: in a process in which 2:4 ran, dense steps are slower (experiments/009).
 
 Hardware: one Hopper GPU, one to five minutes a row.
 """

@@ -5,7 +5,7 @@
 Two models: configs/lm_100m.py (D 768), and one of 300 million parameters that is wide instead of
 deep (6 layers, D 2048, the width of the paper's model). Each trains on 65 million tokens.
 
-Dense rows come first: in a process in which 2:4 ran, dense steps are slower (experiments/006).
+Dense rows come first: in a process in which 2:4 ran, dense steps are slower (experiments/009).
 
 Hardware: one Hopper GPU, two to four minutes a row. Where our kernels cannot run, the rows are
 alike; the record says which implementation each op got.

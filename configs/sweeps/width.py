@@ -4,7 +4,7 @@
 
 Each row is configs/paper_1p5b.py with 65,536 tokens a step, dense for 300 steps; then a dense twin
 goes on beside the 2:4 model for 100 steps, on the same batches, which tells losses apart, not
-speeds (experiments/006). The first row shares its embedding with the output, as the paper's does:
+speeds (experiments/009). The first row shares its embedding with the output, as the paper's does:
 with bytes in 256 of 131,072 rows it hardly learns. The second does not share it.
 
 Hardware: two Hopper GPUs with 80 GB, of which jax must take nearly all

@@ -10,13 +10,13 @@ A step of a model on N GPUs, in seconds:
 
 With overlap a step takes max(compute, fsdp + data) + tensor, for nothing else can be computed while
 the outputs of FFN and attention or their inputs' gradients are summed; without, the sum of all. 2:4
-changes the time of the FFN alone.
+makes the FFN faster, and the rest slower: it lowers the GPU's clock (`s24jax.bench.clock`).
 
 Assumptions:
-    FFN      forward and backward as measured on an H100 (experiments/002), of XLA and of 2:4 in one
-             process, where dense training steps are some 5 % too slow (experiments/006)
+    FFN      forward and backward as measured on an H200 (experiments/002), of XLA and of 2:4
     rest     attention, logits, optimizer at the rate of their operations in the measured step of
-             the 1.5B model: 88 TFLOP in 287 ms
+             the 1.5B model, what its FFNs take left out: 88 TFLOP in 245.8 ms dense and 249.6 ms
+             beside 2:4
     rates    what a GPU receives: 370 GB/s inside a node of eight, 40 GB/s between nodes, some four
              fifths of what the data sheets of NVLink 4 and of a 400 Gbit/s adapter name
     mesh     tensor inside a node; fsdp inside a node as well, where the model then fits, else over
@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 BATCH, MICROBATCH, CONTEXT = 2**22, 2**14, 4096
 NODE, INSIDE, BETWEEN = 8, 370e9, 40e9
-REST_FLOPS = 88e12 / 0.287
+DENSE_REST, SPARSE_REST = 88e12 / 0.2458, 88e12 / 0.2496  # operations a second
 BF16, FLOAT32 = 2, 4
 
 
@@ -48,11 +48,11 @@ class Model(NamedTuple):
     sparse_ffn: float
 
 
-_LARGE = Model(80, 8192, 28672, 131_072, 64, 1, 31.842e-3 / 8192, 24.843e-3 / 8192)
+_LARGE = Model(80, 8192, 28672, 131_072, 64, 1, 30.390e-3 / 8192, 25.924e-3 / 8192)
 # The measured FFNs are those of experiments/002, at T 16384, 16384 and 8192.
 MODELS = {
-    "1.5B": Model(25, 2048, 8192, 131_072, 8, 1, 4.980e-3 / 16384, 4.142e-3 / 16384),
-    "7B": Model(32, 4096, 16384, 131_072, 8, 1, 18.913e-3 / 16384, 15.296e-3 / 16384),
+    "1.5B": Model(25, 2048, 8192, 131_072, 8, 1, 4.505e-3 / 16384, 3.949e-3 / 16384),
+    "7B": Model(32, 4096, 16384, 131_072, 8, 1, 17.613e-3 / 16384, 15.317e-3 / 16384),
     "70B": _LARGE,
     "70B, tensor 2": _LARGE._replace(fsdp=32, tensor=2),
     "70B, tensor 8": _LARGE._replace(fsdp=8, tensor=8),
@@ -87,15 +87,15 @@ def step_of(model: Model, gpus: int) -> Step:
     layers = m.layers / m.tensor  # of which a GPU has a part; logits it has whole
     # A token looks at half of its context.
     attention = 2 * 4 * m.width**2 + 4 * m.width * CONTEXT // 2
-    rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens / REST_FLOPS
+    rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens
     weights = layers * (4 * m.width**2 + 2 * m.width * m.hidden)
     embedding = m.width * m.vocabulary
     gathered = BF16 * (3 * weights + 2 * embedding) * (m.fsdp - 1) / m.fsdp
     summed = 2 * FLOAT32 * (weights + embedding) / m.fsdp * (data - 1) / data
     activations = 4 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
     return Step(
-        dense=rest + layers * tokens * m.dense_ffn,
-        sparse=rest + layers * tokens * m.sparse_ffn,
+        dense=rest / DENSE_REST + layers * tokens * m.dense_ffn,
+        sparse=rest / SPARSE_REST + layers * tokens * m.sparse_ffn,
         fsdp=microbatches * gathered / (INSIDE if m.fsdp * m.tensor <= NODE else BETWEEN),
         data=summed / BETWEEN,
         tensor=m.layers * activations / INSIDE,
