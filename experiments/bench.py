@@ -23,8 +23,8 @@ as have the active features of a recorded run (the results of `experiments.sweep
 `step` also of a trained model, on its own text.
 `scaling`: the step on meshes of all devices, with --tokens for each, and what passes between them.
 Implementations run one after the other, each in a process of its own, since dense work is slower
-in one in which 2:4 ran; `clock` measures that. Of `--processes` in turns the median one counts: XLA
-chooses kernels anew in each. `--together` times all in one process, in turns.
+where a living process ran 2:4; `clock` measures that. Of `--processes` in turns the median one
+counts: XLA chooses kernels anew in each. `--together` times all in one process, in turns.
 `estimate`: where 2:4's gain goes on many GPUs, by arithmetic.
 `draw` makes table and figure anew from the rows of a file. `--tune` saves our kernel's fastest
 schedules.

@@ -21,8 +21,9 @@ def summarize(config, parameters: int, records: list[dict]) -> dict:
       tokens_per_second (median over the steps in the final mode, compilation left out), and the
       mean over layers of the shares in `SHARES`, all of the main run; `best_validation_loss`;
       `zero_share_per_layer`; `dense_twin`, the same figures of the twin, where there was one;
-      tokens_per_second_before_switch, of the main run's dense steps: on a GPU those of a twin are
-      slower, since 2:4 runs in their process (see `s24jax.bench.clock`).
+      tokens_per_second_before_switch, the median of the main run's dense steps (None without a
+      switch, or where none was timed before it): on a GPU those of a twin are slower, since 2:4
+      runs in their process (see `s24jax.bench.clock`).
     """
     switch = [record["step"] for record in records if record["kind"] == "switch"]
     losses = [r["loss"] for r in _select(records, "main", "validation") if r["loss"] is not None]

@@ -1,10 +1,12 @@
 """Several runs that differ in a few keys, one after the other, and a table of what came out."""
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
+from s24jax import device
 from s24jax.errors import Diverged, InvalidInput
 from s24jax.results import (
     RESULTS,
@@ -17,6 +19,7 @@ from s24jax.results import (
     with_twins,
 )
 from s24jax.results_plot import plot_results
+from s24jax.schedules import ffn_mode
 from s24jax.summary import cell
 from s24jax.train import check, train
 from s24jax.train_step import make_program
@@ -31,6 +34,7 @@ COLUMNS = {
     "tokens/s": ("tokens_per_second", "{:,.0f}"),
     "parameters": ("parameters", "{:,}"),
 }
+_LOG = logging.getLogger(__name__)
 
 
 def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list[Row] | None:
@@ -61,7 +65,17 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
             )
     chosen = [name for name in configs if not only or name in only]
     missing = [name for name in chosen if not recorded_row(results, name, configs[name])]
+    pruned_before = False
     for name in missing:
+        pruned = ffn_mode(configs[name].steps, configs[name]) == "sparse24"
+        if pruned_before and not pruned and device.hopper_reason() is None:
+            _LOG.warning(
+                "row %s is dense, after rows of 2:4 in this process, which lower the GPU's clock: "
+                "its tokens/s are too few; for its speed run it alone, with --rows=%s",
+                name,
+                name,
+            )
+        pruned_before |= pruned
         row = _run_row(name, configs[name], workdir / name)
         if row is None:
             return None

@@ -54,11 +54,11 @@ def test_rows(hopper, nvidia_smi, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
     rows = [row for found in small() for row in found]
     for row in rows:
-        assert tuple(row) == (*KEYS, "mhz", "watts", "idle_watts")
+        assert tuple(row) == (*KEYS, "mhz", "watts", "idle_mhz", "idle_watts")
         assert (row["bench"], row["implementation"], row["M"]) == ("clock", "xla", 64)
         assert row["ms"] > 0
         assert row["tflops"] == pytest.approx(2 * 64**3 / row["ms"] / 1e9)
-        assert (row["mhz"], row["watts"], row["idle_watts"]) == (1490, 695.5, 695.5)
+        assert (row["mhz"], row["watts"]) == (row["idle_mhz"], row["idle_watts"]) == (1490, 695.5)
     called = nvidia_smi.read_text().splitlines()
     assert len(called) == 2 * len(rows)
     wanted = "--id=3 --query-gpu=clocks.sm,power.draw.instant "
@@ -66,9 +66,9 @@ def test_rows(hopper, nvidia_smi, monkeypatch):
     shown = table([ENVIRONMENT, *rows])
     assert "clock: TFLOP/s of one dense product (ms)" in shown
     header = [cell.strip() for cell in shown.splitlines()[4].split("|")]
-    assert header[1:-1] == ["T, D, F", "product", "xla", "MHz", "W", "W idle"]
+    assert header[1:-1] == ["T, D, F", "product", "xla", "MHz", "W", "MHz idle", "W idle"]
     last = [cell.strip() for cell in shown.splitlines()[-1].split("|")]
-    assert last[1:3] + last[4:-1] == ["64, 64, 64", "later", "1,490", "696", "696"]
+    assert last[1:3] + last[4:-1] == ["64, 64, 64", "later", "1,490", "696", "1,490", "696"]
 
 
 def test_a_gpu_that_tells_nothing(hopper, nvidia_smi):

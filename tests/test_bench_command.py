@@ -136,6 +136,7 @@ def test_implementations_apart(tmp_path):
     finished = bench(*shared, both, f"--json={apart}", f"--table={tmp_path}/apart.md")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout == (tmp_path / "apart.md").read_text()
+    assert finished.stderr.count("ffn: forward of 64x32x128\n") == 2  # each process says so
     environment, *rows = read_rows(apart)
     assert environment["command"].startswith("python -m experiments.bench ffn --shapes=64x32x128")
     assert f" {both} " in environment["command"]

@@ -175,6 +175,25 @@ def test_a_signal_stops_the_sweep(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("dense_first", [True, False])
+def test_a_dense_row_after_one_of_2to4_has_a_warning(
+    dense_first, hopper, tmp_path, monkeypatch, caplog
+):
+    """Where 2:4 lowers the clock; the rows themselves are made up."""
+    monkeypatch.setattr(sweeping.device, "hopper_reason", lambda: None if hopper else "no")
+    monkeypatch.setattr(sweeping, "_run_row", lambda name, *_: made_up(name, 1.0))
+    monkeypatch.setattr(sweeping, "draw", lambda results: None)
+    sweep = two_rows()
+    if not dense_first:
+        sweep.rows = sweep.rows[::-1]
+    run_sweep(sweep, tmp_path)
+    said = [record.getMessage() for record in caplog.records if record.name == "s24jax.sweep"]
+    expected = "row dense_relu2 is dense, after rows of 2:4 in this process, which lower the GPU's"
+    assert [line[: len(expected)] for line in said] == [expected] * (hopper and not dense_first)
+    assert all(line.endswith("run it alone, with --rows=dense_relu2") for line in said)
+
+
 def made_up(name: str, loss: float | None, **config) -> dict:
     summary = {key: 0.5 for key, _ in sweeping.COLUMNS.values()}
     summary |= {"parameters": 1234, "validation_loss": loss}

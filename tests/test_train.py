@@ -216,7 +216,7 @@ def test_a_stopped_run_resumes_exactly(straight, data_dir, tmp_path, monkeypatch
     assert_same_bits(restored_state(tmp_path, config).state, restored_state(workdir, config).state)
     assert without_times(tmp_path) == without_times(workdir)
     assert (tmp_path / "samples.txt").read_text() == (workdir / "samples.txt").read_text()
-    rates = {"tokens_per_second"}
+    rates = {"tokens_per_second", "tokens_per_second_before_switch"}
     for ours, theirs in ((resumed, summary), (resumed["dense_twin"], summary["dense_twin"])):
         nested = rates | {"dense_twin"}
         assert {k: v for k, v in ours.items() if k not in nested} == {

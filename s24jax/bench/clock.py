@@ -1,12 +1,12 @@
 """The bench of what a 2:4 product does to the dense work beside it: by the clock, and the power.
 
-The first kernel with sparse tensor-core instructions that a process runs raises the power that the
-GPU draws, also when it idles, until the process ends. At the power limit the clock falls by as
-much, for all that runs there. Found on H200s with our kernel and with cuSPARSELt. Such a kernel
+From the first kernel with sparse tensor-core instructions that a process runs until that process
+ends, the GPU draws more power when it idles, and at its power limit dense work of all processes on
+it is slower. Found on H200s with our kernel and with cuSPARSELt (experiments/009). Such a kernel
 says so in its binary (EIATTR_SPARSE_MMA_MASK, by `cuobjdump -elf`).
 
 Products, one dense product each time:
-    before                   in a process that ran no 2:4 product
+    before                   on a GPU on which no living process ran a 2:4 product
     after matmul_sparsify24  which prunes and compresses in the epilogue of a dense product
     after matmul24           one 2:4 product
     later                    the GPU having idled
@@ -97,7 +97,8 @@ def _rows(name: str, product: Contender, size: int, seconds: float) -> list[Row]
         time.sleep(seconds / 2)
     shape, result = Shape(size, size, size), {"xla": Result(took)}
     (row,) = make_rows("clock", name, shape, result, size=Size(size, size, size))
-    row |= {"mhz": loaded[0].mhz, "watts": loaded[0].watts, "idle_watts": idle[0].watts}
+    row |= {"mhz": loaded[0].mhz, "watts": loaded[0].watts, "idle_mhz": idle[0].mhz}
+    row |= {"idle_watts": idle[0].watts}
     return [row]
 
 

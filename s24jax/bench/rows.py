@@ -41,7 +41,7 @@ those of "scaling" besides, where mfu is that of each device,
 and those of "clock"
 
     mhz, watts             of the GPU, the product running
-    idle_watts             idle, right after it
+    idle_mhz, idle_watts   idle, right after it
 
 The first row is the environment: bench is "environment", the other keys are the device, the commit,
 the command and a version for each package.

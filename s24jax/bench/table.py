@@ -25,6 +25,7 @@ BESIDE = {
     "received_gb": ("GB that a device receives", "{:.3g}"),
     "mhz": ("MHz", "{:,.0f}"),
     "watts": ("W", "{:.0f}"),
+    "idle_mhz": ("MHz idle", "{:,.0f}"),
     "idle_watts": ("W idle", "{:.0f}"),
     "rel_error": (f"error of {OURS}", "{:.1e}"),
 }
