@@ -1,12 +1,12 @@
 """Contenders measured in turns.
 
-A GPU may draw more than its limit for about a second, and its clock falls with its power, within
-some 50 ms; so what runs first, or after something cool, looks faster than it is in a training run.
-All contenders therefore run for two seconds before the first sample, and every sample begins with
-calls that are not timed, until the clock is the contender's own. Every contender is sampled in
-every round, each time in another order, so that none always follows the same neighbour, and its
-time is the median over rounds. The calls of a sample are queued without waiting in between, and so
-many that Python's part and the wait at the end do not count. Operands do not fit into the cache.
+A rested GPU is faster than one in a long run, and its clock falls with its power, within some
+50 ms; so what runs first, or after something cool, looks faster than it is in training. All
+contenders therefore run for two seconds before the first sample, and every sample begins with calls
+that are not timed, until the clock is the contender's own. Every contender is sampled in every
+round, each time in another order, so that none always follows the same neighbour, and its time is
+the median over rounds. The calls of a sample are queued without waiting in between, and so many
+that Python's part and the wait at the end do not count. Operands do not fit into the cache.
 
 Contenders share a process here. A 2:4 product slows the dense ones of its process (see
 `s24jax.bench.clock`), so `experiments.bench` gives each implementation a process of its own unless
