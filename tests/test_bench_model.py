@@ -286,6 +286,7 @@ def test_end_to_end(product, tmp_path):
     file = tmp_path / "rows.json"
     finished = bench(
         product,
+        "--together",
         "--models=lm_100m:smoke",
         "--layers=1",
         "--tokens=64",
