@@ -65,17 +65,17 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
             )
     chosen = [name for name in configs if not only or name in only]
     missing = [name for name in chosen if not recorded_row(results, name, configs[name])]
-    pruned_before = False
+    ran_sparse = False
     for name in missing:
-        pruned = ffn_mode(configs[name].steps, configs[name]) == "sparse24"
-        if pruned_before and not pruned and device.hopper_reason() is None:
+        sparse = ffn_mode(configs[name].steps, configs[name]) == "sparse24"
+        if ran_sparse and not sparse and device.hopper_reason() is None:
             _LOG.warning(
                 "row %s is dense, after rows of 2:4 in this process, which lower the GPU's clock: "
                 "its tokens/s are too few; for its speed run it alone, with --rows=%s",
                 name,
                 name,
             )
-        pruned_before |= pruned
+        ran_sparse |= sparse
         row = _run_row(name, configs[name], workdir / name)
         if row is None:
             return None

@@ -19,7 +19,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from s24jax.typing import Implementation
 
 _CALLS = 20  # of the product, between looks at the time
 _EVERY_MS = 50
+Out = TypeVar("Out")
 
 
 class Reading(NamedTuple):
@@ -90,15 +91,13 @@ def _down(implementation: Implementation) -> Callable:
 
 def _rows(name: str, product: Contender, size: int, seconds: float) -> list[Row]:
     _sustained(product, seconds / 2)
-    with _watch() as loaded:
-        took = _sustained(product, seconds / 2)
+    took, loaded = _watched(lambda: _sustained(product, seconds / 2))
     time.sleep(seconds / 2)
-    with _watch() as idle:
-        time.sleep(seconds / 2)
+    _, idle = _watched(lambda: time.sleep(seconds / 2))
     shape, result = Shape(size, size, size), {"xla": Result(took)}
     (row,) = make_rows("clock", name, shape, result, size=Size(size, size, size))
-    row |= {"mhz": loaded[0].mhz, "watts": loaded[0].watts, "idle_mhz": idle[0].mhz}
-    row |= {"idle_watts": idle[0].watts}
+    row |= {"mhz": loaded.mhz, "watts": loaded.watts}
+    row |= {"idle_mhz": idle.mhz, "idle_watts": idle.watts}
     return [row]
 
 
@@ -110,16 +109,14 @@ def _sustained(product: Contender, seconds: float) -> float:
     return statistics.median(samples)
 
 
-@contextlib.contextmanager
-def _watch() -> Iterator[list[Reading]]:
-    """Reads the clock and the power of the default GPU meanwhile; the reading is there at the end.
+def _watched(run: Callable[[], Out]) -> tuple[Out, Reading]:
+    """What `run` returns, and the clock and the power of the default GPU meanwhile.
 
     nvidia-smi numbers GPUs as CUDA_VISIBLE_DEVICES does where all of them are of one kind.
     """
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = ["nvidia-smi", f"--id={gpu}", "--query-gpu=clocks.sm,power.draw.instant"]
     command += ["--format=csv,noheader,nounits", f"--loop-ms={_EVERY_MS}"]
-    found: list[Reading] = []
     try:
         watcher = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     except OSError as error:
@@ -128,15 +125,16 @@ def _watch() -> Iterator[list[Reading]]:
             "on PATH"
         ) from error
     try:
-        yield found
+        out = run()
     finally:
         watcher.terminate()
         lines = watcher.communicate()[0].splitlines()
     readings = [line.split(",") for line in lines if line.count(",") == 1]
-    found.append(Reading(*map(_median, zip(*readings, strict=True))) if readings else Reading())
+    reading = Reading(*map(_median, zip(*readings, strict=True))) if readings else Reading()
+    return out, reading
 
 
-def _median(column: tuple[Any, ...]) -> float | None:
+def _median(column: tuple[str, ...]) -> float | None:
     """Of the numbers among the readings; None where the GPU tells none."""
     numbers = []
     for reading in column:
