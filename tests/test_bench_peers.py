@@ -2,6 +2,7 @@
 
 import collections
 import types
+import weakref
 
 import jax.numpy as jnp
 import numpy as np
@@ -148,7 +149,7 @@ class Tensor(np.ndarray):
 class FakeTorch(types.SimpleNamespace):
     """Products by numpy. Algorithm 2 with column-major B is right, 1 is wrong, others do not exist.
 
-    Notes which B each product got.
+    What it compresses must be held until it has been waited for, and only then be multiplied.
     """
 
     def __init__(self):
@@ -156,7 +157,7 @@ class FakeTorch(types.SimpleNamespace):
         op = types.SimpleNamespace(_schema=types.SimpleNamespace(arguments=arguments))
         super().__init__(
             __version__="2.11.0",
-            cuda=types.SimpleNamespace(synchronize=lambda: None, is_available=lambda: True),
+            cuda=types.SimpleNamespace(synchronize=self._synchronize, is_available=lambda: True),
             backends=types.SimpleNamespace(
                 cusparselt=types.SimpleNamespace(is_available=lambda: True)
             ),
@@ -165,14 +166,21 @@ class FakeTorch(types.SimpleNamespace):
             ),
             matmul=lambda a, b: np.matmul(a, b).view(Tensor),
             from_dlpack=lambda x: np.array(x).view(Tensor),
+            compressing=None,
         )
+
+    def _synchronize(self):
+        assert self.compressing is None or self.compressing() is not None
+        self.compressing = None
 
     def _cslt_compress(self, a):
         groups = np.asarray(a).reshape(a.shape[0], -1, 4)
         assert ((groups != 0).sum(axis=-1) <= 2).all()
+        self.compressing = weakref.ref(a)
         return a + 0
 
     def _cslt_sparse_mm(self, a, b, *, alg_id, split_k, split_k_mode):
+        assert self.compressing is None
         column_major = b.flags.f_contiguous
         if alg_id not in (1, 2) or split_k != 1 or (alg_id == 2 and not column_major):
             raise RuntimeError("invalid value")

@@ -9,14 +9,13 @@ A step of a model on N GPUs, in seconds:
     tensor  = microbatches * layers * bytes of four sums of activations / rate
 
 With overlap a step takes max(compute, fsdp + data) + tensor, for nothing else can be computed while
-the outputs of FFN and attention or their inputs' gradients are summed; without, the sum of all. 2:4
-makes the FFN faster, and the rest slower: it lowers the GPU's clock (`s24jax.bench.clock`).
+the outputs of FFN and attention or their inputs' gradients are summed; without, the sum of all.
 
 Assumptions:
     FFN      forward and backward as measured on an H200 (experiments/002), of XLA and of 2:4
     rest     attention, logits, optimizer at the rate of their operations in the measured step of
-             the 1.5B model, what its FFNs take left out: 88 TFLOP in 245.8 ms dense and 249.6 ms
-             beside 2:4
+             the 1.5B model, what its FFNs take left out: 88 TFLOP in 244.0 ms. Beside 2:4 it was
+             244.1 ms: what its clock takes from them (`s24jax.bench.clock`) does not show there
     rates    what a GPU receives: 370 GB/s inside a node of eight, 40 GB/s between nodes, some four
              fifths of what the data sheets of NVLink 4 and of a 400 Gbit/s adapter name
     mesh     tensor inside a node; fsdp inside a node as well, where the model then fits, else over
@@ -31,7 +30,7 @@ from typing import NamedTuple
 
 BATCH, MICROBATCH, CONTEXT = 2**22, 2**14, 4096
 NODE, INSIDE, BETWEEN = 8, 370e9, 40e9
-DENSE_REST, SPARSE_REST = 88e12 / 0.2458, 88e12 / 0.2496  # operations a second
+REST = 88e12 / 0.2440  # operations a second
 BF16, FLOAT32 = 2, 4
 
 
@@ -48,11 +47,11 @@ class Model(NamedTuple):
     sparse_ffn: float
 
 
-_LARGE = Model(80, 8192, 28672, 131_072, 64, 1, 30.390e-3 / 8192, 25.924e-3 / 8192)
+_LARGE = Model(80, 8192, 28672, 131_072, 64, 1, 31.966e-3 / 8192, 26.356e-3 / 8192)
 # The measured FFNs are those of experiments/002, at T 16384, 16384 and 8192.
 MODELS = {
-    "1.5B": Model(25, 2048, 8192, 131_072, 8, 1, 4.505e-3 / 16384, 3.949e-3 / 16384),
-    "7B": Model(32, 4096, 16384, 131_072, 8, 1, 17.613e-3 / 16384, 15.317e-3 / 16384),
+    "1.5B": Model(25, 2048, 8192, 131_072, 8, 1, 4.600e-3 / 16384, 4.005e-3 / 16384),
+    "7B": Model(32, 4096, 16384, 131_072, 8, 1, 18.467e-3 / 16384, 15.508e-3 / 16384),
     "70B": _LARGE,
     "70B, tensor 2": _LARGE._replace(fsdp=32, tensor=2),
     "70B, tensor 8": _LARGE._replace(fsdp=8, tensor=8),
@@ -94,8 +93,8 @@ def step_of(model: Model, gpus: int) -> Step:
     summed = 2 * FLOAT32 * (weights + embedding) / m.fsdp * (data - 1) / data
     activations = 4 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
     return Step(
-        dense=rest / DENSE_REST + layers * tokens * m.dense_ffn,
-        sparse=rest / SPARSE_REST + layers * tokens * m.sparse_ffn,
+        dense=rest / REST + layers * tokens * m.dense_ffn,
+        sparse=rest / REST + layers * tokens * m.sparse_ffn,
         fsdp=microbatches * gathered / (INSIDE if m.fsdp * m.tensor <= NODE else BETWEEN),
         data=summed / BETWEEN,
         tensor=m.layers * activations / INSIDE,

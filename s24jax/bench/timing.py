@@ -1,12 +1,13 @@
 """Contenders measured in turns.
 
-A rested GPU is faster than one in a long run, and its clock falls with its power, within some
-50 ms; so what runs first, or after something cool, looks faster than it is in training. All
-contenders therefore run for two seconds before the first sample, and every sample begins with calls
-that are not timed, until the clock is the contender's own. Every contender is sampled in every
-round, each time in another order, so that none always follows the same neighbour, and its time is
-the median over rounds. The calls of a sample are queued without waiting in between, and so many
-that Python's part and the wait at the end do not count. Operands do not fit into the cache.
+A rested GPU is faster than one in a long run, by a tenth for 0.1 s, and its clock is unsteady for
+two seconds (experiments/009); later it falls with the power of what runs, within some 50 ms. So
+what runs first, or after something cool, looks faster than it is in training. All contenders
+therefore run for two seconds before the first sample, and every sample begins with calls that are
+not timed, until the clock is the contender's own. Every contender is sampled in every round, each
+time in another order, so that none always follows the same neighbour, and its time is the median
+over rounds. The calls of a sample are queued without waiting in between, and so many that Python's
+part and the wait at the end do not count. Operands do not fit into the cache.
 
 Contenders share a process here. A 2:4 product slows the dense ones of its process (see
 `s24jax.bench.clock`), so `experiments.bench` gives each implementation a process of its own unless

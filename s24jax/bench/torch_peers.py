@@ -55,7 +55,9 @@ def sparse(problem: Problem) -> Contender:
       BrokenEnvironment, Unsupported: there is no torch, no GPU, or no (right) cuSPARSELt.
     """
     torch = _load_cusparselt()
-    compressed = torch._cslt_compress(torch.from_dlpack(_rows(problem.a)))
+    rows = torch.from_dlpack(_rows(problem.a))
+    compressed = torch._cslt_compress(rows)
+    torch.cuda.synchronize()  # jax may write to the rows' memory as soon as nobody holds them
     b = torch.from_dlpack(_in_group_order(problem.a, problem.b))
     layouts = {"row-major": b, "column-major": b.t().contiguous().t()}
 
