@@ -121,8 +121,8 @@ def make_row(name: str, config, workdir: str | Path, summary: dict[str, Any]) ->
     }
 
 
-def seeds(rows: Sequence[Row]) -> dict[str, list[float]]:
-    """The losses of rows that differ in their seed alone, by the name of the first of them."""
+def repeats(rows: Sequence[Row]) -> dict[str, list[float]]:
+    """The losses of rows that are alike but for their seed, by the name of the first of them."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         if "diverged" not in row["summary"]:

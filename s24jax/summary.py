@@ -21,9 +21,10 @@ def summarize(config, parameters: int, records: list[dict]) -> dict:
       tokens_per_second (median over the steps in the final mode, compilation left out), and the
       mean over layers of the shares in `SHARES`, all of the main run; `best_validation_loss`;
       `zero_share_per_layer`; `dense_twin`, the same figures of the twin, where there was one;
-      tokens_per_second_before_switch, the median of the main run's dense steps (None without a
-      switch, or where none was timed before it): on a GPU those of a twin are slower, since 2:4
-      runs in their process (see `s24jax.bench.clock`).
+      tokens_per_second_before_switch, the median of the main run's dense steps in the second half
+      of those before the switch, whose Y2 has nearly the zeros that it has later (None without a
+      switch, or where none was timed): on a GPU those of a twin are slower, since 2:4 runs in their
+      process (see `s24jax.bench.clock`).
     """
     switch = [record["step"] for record in records if record["kind"] == "switch"]
     losses = [r["loss"] for r in _select(records, "main", "validation") if r["loss"] is not None]
@@ -33,7 +34,9 @@ def summarize(config, parameters: int, records: list[dict]) -> dict:
         "parameters": parameters,
         "switch_step": switch[-1] if switch else None,
         **_final(records, "main", ffn_mode(config.steps, config)),
-        "tokens_per_second_before_switch": _rate(records, "main", "dense") if switch else None,
+        "tokens_per_second_before_switch": (
+            _rate(records, "main", "dense", after=switch[-1] // 2) if switch else None
+        ),
         "best_validation_loss": min(losses, default=None),
     }
     if _select(records, "dense_twin", "train"):
@@ -90,11 +93,11 @@ def _final(records: list[dict], run: str, mode: str) -> dict:
     return final
 
 
-def _rate(records: list[dict], run: str, mode: str) -> float | None:
-    """Tokens per second of a run's steps in one mode, the median."""
+def _rate(records: list[dict], run: str, mode: str, *, after: int = 0) -> float | None:
+    """Tokens per second of a run's steps in one mode after that step, the median."""
     rates = [
         record["tokens_per_second"]
         for record in _select(records, run, "train")
-        if record["mode"] == mode and record["tokens_per_second"]
+        if record["mode"] == mode and record["step"] > after and record["tokens_per_second"]
     ]
     return float(np.median(rates)) if rates else None

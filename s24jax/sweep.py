@@ -15,7 +15,7 @@ from s24jax.results import (
     read_results,
     record_row,
     recorded_row,
-    seeds,
+    repeats,
     with_twins,
 )
 from s24jax.results_plot import plot_results
@@ -145,14 +145,14 @@ def table(rows: Sequence[Row], baseline: str) -> str:
             shown = (cell(summary[key], form) for key, form in COLUMNS.values())
             cells = [cell(gap, "{:+.4f}"), *shown]
         lines.append(f"| {' | '.join([row['name'], *cells])} |")
-    repeats = seeds(rows)
-    if repeats:
+    repeated = repeats(rows)
+    if repeated:
         lines += [
             "",
-            "| seeds | how many | mean loss | largest - smallest |",
+            "| repeats | how many | mean loss | largest - smallest |",
             "|---|---:|---:|---:|",
         ]
-    for name, values in repeats.items():
+    for name, values in repeated.items():
         spread = max(values) - min(values)
         lines.append(f"| {name} | {len(values)} | {np.mean(values):.4f} | {spread:.4f} |")
     return "\n".join(lines) + "\n"

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from s24jax.errors import InvalidInput
 from s24jax.figure_style import BAND, GREY, NUMBER, label_axes, scale_loss, styled
-from s24jax.results import Row, seeds
+from s24jax.results import Row, repeats
 
 _ROW_COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _ROW_MARKERS = "osD^vPXp"
@@ -54,10 +54,10 @@ def sweep_figure(rows: Sequence[Row], *, baseline: str | None = None) -> Figure:
     )
     right.set_yticks(range(len(rows)), labels)
     _sweep_bars(right, losses - reference)
-    repeats = np.array(seeds(rows).get(baseline, [])) - reference
-    if np.isfinite(repeats).any():
-        right.axvspan(np.nanmin(repeats), np.nanmax(repeats), color=BAND, zorder=0)
-        right.set_xlabel(f"{right.get_xlabel()}\ngrey: its seeds")
+    repeated = np.array(repeats(rows).get(baseline, [])) - reference
+    if np.isfinite(repeated).any():
+        right.axvspan(np.nanmin(repeated), np.nanmax(repeated), color=BAND, zorder=0)
+        right.set_xlabel(f"{right.get_xlabel()}\ngrey: its repeats")
     _sweep_table(right, rows, losses, losses - reference)
     return figure
 

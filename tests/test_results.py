@@ -16,8 +16,8 @@ from s24jax.results import (
     read_results,
     record_row,
     recorded_row,
+    repeats,
     seconds_of,
-    seeds,
     with_twins,
 )
 
@@ -149,7 +149,7 @@ def row_with_a_twin(main, twin, switch_step=301):
 
 
 def test_a_twin_is_shown_behind_its_run():
-    """It goes on from step 300, where both were one; it is no second seed of its run."""
+    """It goes on from step 300, where both were one; it is no repeat of its run."""
     main = {"step": [100, 300, 400], "seconds": [10.0, 30.0, 39.0], "loss": [3.0, 2.0, 1.5]}
     twin = {"step": [350, 400], "seconds": [5.5, 11.0], "loss": [1.7, 1.4]}
     row = row_with_a_twin(main, twin)
@@ -164,7 +164,7 @@ def test_a_twin_is_shown_behind_its_run():
         "summary": {"validation_loss": 1.4, "parameters": 9},
         "curves": {"main": {"validation": joined}},
     }
-    assert seeds(shown) == {"main": [1.5, 1.5]}
+    assert repeats(shown) == {"main": [1.5, 1.5]}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from configs.sweeps import ablation, width
 from configs.sweeps import row as sweep_row
 from s24jax import sweep as sweeping
 from s24jax.errors import InvalidInput
-from s24jax.results import read_results, seeds
+from s24jax.results import read_results, repeats
 from s24jax.sweep import run_sweep, table
 from s24jax.train import train
 
@@ -221,9 +221,9 @@ def test_rows_that_differ_in_their_seed_are_repeats():
     ]
     rows.append(made_up("base_3", None, seed=3))
     rows[-1]["summary"] = {"validation_loss": None, "zero_share": None, "diverged": "nan"}
-    assert seeds(rows) == {"base": [2.0, 2.02, 2.01]}
+    assert repeats(rows) == {"base": [2.0, 2.02, 2.01]}
     assert table(rows, "base").splitlines()[-3:] == [
-        "| seeds | how many | mean loss | largest - smallest |",
+        "| repeats | how many | mean loss | largest - smallest |",
         "|---|---:|---:|---:|",
         "| base | 3 | 2.0100 | 0.0200 |",
     ]

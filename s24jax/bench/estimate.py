@@ -14,8 +14,8 @@ the outputs of FFN and attention or their inputs' gradients are summed; without,
 Assumptions:
     FFN      forward and backward as measured on an H200 (experiments/002), of XLA and of 2:4
     rest     attention, logits, optimizer at the rate of their operations in the measured step of
-             the 1.5B model, what its FFNs take left out: 88 TFLOP in 244.0 ms. Beside 2:4 it was
-             244.1 ms: what its clock takes from them (`s24jax.bench.clock`) does not show there
+             the 1.5B model, what its FFNs take left out: 88 TFLOP in 244.0 ms dense and 244.1 ms
+             beside 2:4. What 2:4 takes from the clock (`s24jax.bench.clock`) is not in it
     rates    what a GPU receives: 370 GB/s inside a node of eight, 40 GB/s between nodes, some four
              fifths of what the data sheets of NVLink 4 and of a 400 Gbit/s adapter name
     mesh     tensor inside a node; fsdp inside a node as well, where the model then fits, else over
