@@ -86,15 +86,15 @@ def step_of(model: Model, gpus: int) -> Step:
     layers = m.layers / m.tensor  # of which a GPU has a part; logits it has whole
     # A token looks at half of its context.
     attention = 2 * 4 * m.width**2 + 4 * m.width * CONTEXT // 2
-    rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens
+    rest = 3 * (layers * attention + 2 * m.width * m.vocabulary) * tokens / REST
     weights = layers * (4 * m.width**2 + 2 * m.width * m.hidden)
     embedding = m.width * m.vocabulary
     gathered = BF16 * (3 * weights + 2 * embedding) * (m.fsdp - 1) / m.fsdp
     summed = 2 * FLOAT32 * (weights + embedding) / m.fsdp * (data - 1) / data
     activations = 4 * 2 * BF16 * tokens * m.width * (m.tensor - 1) / m.tensor
     return Step(
-        dense=rest / REST + layers * tokens * m.dense_ffn,
-        sparse=rest / REST + layers * tokens * m.sparse_ffn,
+        dense=rest + layers * tokens * m.dense_ffn,
+        sparse=rest + layers * tokens * m.sparse_ffn,
         fsdp=microbatches * gathered / (INSIDE if m.fsdp * m.tensor <= NODE else BETWEEN),
         data=summed / BETWEEN,
         tensor=m.layers * activations / INSIDE,
