@@ -119,7 +119,10 @@ def test_a_dead_process_ends_the_other_and_a_signal_saves_once_on_all(tmp_path):
     (status, text), _ = ended(processes)
     assert status not in (0, None)
     assert time.monotonic() - died < 60
-    assert "another task died" in text or "process 0 lost the others after step" in text, text
+    # jax's heartbeat, an error that the step raises, or, rarely, gloo's own thread, which aborts
+    # when the ranks left alive are no longer at the same sum.
+    ends = ("another task died", "process 0 lost the others after step", "gloo::EnforceNotMet")
+    assert any(end in text for end in ends), text
     last = max(saved(workdir))
 
     processes = start_two(workdir, *ENDLESS)
