@@ -4,8 +4,9 @@ python -m experiments.sweep --sweep=configs/sweeps/X.py --workdir=DIR [--sweep.c
     [--results=FILE.json] [--rows=NAME,...]
 
 Each finished row is recorded at once in DIR/results.json, or in FILE, which may lie in another
-folder and fill up over several machines and days; table and figures are written beside it. With
---rows several processes share the work, each on a GPU of its own.
+folder and fill up over several machines and days. Table and figures are written beside a file
+called results.json, and those of another FILE.json into the folder FILE. With --rows several
+processes share the work, each on a GPU of its own.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ from absl import flags
 
 from experiments import cli
 from s24jax.results import RESULTS
-from s24jax.sweep import run_sweep, table
+from s24jax.sweep import drawing_folder, run_sweep, table
 
 SWEEP = cli.define_config("sweep", "The sweep's configuration.")
 WORKDIR = flags.DEFINE_string(
@@ -31,7 +32,8 @@ def main() -> None:
     rows = run_sweep(sweep, WORKDIR.value, results=results, only=ROWS.value)
     if rows:
         print(table(rows, sweep.baseline), end="")
-        print(f"table: {results.with_name('table.md')}   figures: {results.parent / 'plots'}")
+        folder = drawing_folder(results)
+        print(f"table: {folder / 'table.md'}   figures: {folder / 'plots'}")
 
 
 if __name__ == "__main__":

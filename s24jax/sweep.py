@@ -45,18 +45,19 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
         baseline, the row that the others are compared with (see configs/sweeps/).
       workdir: holds a folder for each row, with all that a run leaves behind.
       results: the file of finished rows (see `s24jax.results`), by default workdir/results.json;
-        `table.md` and `plots` are beside it. A row that is there is not run again.
+        `table.md` and `plots` are in its `drawing_folder`. A row that is there is not run again.
       only: the names of some rows; by default all.
 
     Returns:
       The rows of the file; None where a signal stopped the sweep.
 
     Raises:
-      InvalidInput: a row cannot work, or is in the file with another configuration; found before
-        the first one starts.
+      InvalidInput: a row cannot work, or is in the file with another configuration, or the file
+        has no good name; found before the first one starts.
     """
     workdir = pathlib.Path(workdir)
     results = pathlib.Path(results or workdir / RESULTS)
+    drawing_folder(results)
     configs = row_configs(sweep)
     for name in only:
         if name not in configs:
@@ -85,12 +86,25 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
 
 
 def draw(results) -> list[pathlib.Path]:
-    """Writes the table and the figures of a file of results beside it; their paths."""
-    results = pathlib.Path(results)
-    recorded = read_results(results)
-    path = results.with_name("table.md")
+    """Writes the table and the figures of a file of results into its `drawing_folder`; their
+    paths."""
+    folder, recorded = drawing_folder(results), read_results(results)
+    path = folder / "table.md"
     write_bytes(path, table(recorded["rows"], recorded["baseline"]).encode())
-    return [path, *plot_results(results.parent, recorded["rows"], baseline=recorded["baseline"])]
+    return [path, *plot_results(folder, recorded["rows"], baseline=recorded["baseline"])]
+
+
+def drawing_folder(results) -> pathlib.Path:
+    """Where table and figures of a file of results lie: beside one called results.json, and of
+    FILE.json in the folder FILE, so that several files in one place keep each its own.
+
+    Raises:
+      InvalidInput: the file's name does not end in .json.
+    """
+    results = pathlib.Path(results)
+    if results.suffix != ".json":
+        raise InvalidInput(f"results {results} must end in .json; rename the file")
+    return results.parent if results.name == RESULTS else results.with_suffix("")
 
 
 def row_configs(sweep) -> dict:

@@ -14,7 +14,7 @@ from configs.sweeps import row as sweep_row
 from s24jax import sweep as sweeping
 from s24jax.errors import InvalidInput
 from s24jax.results import read_results, repeats
-from s24jax.sweep import run_sweep, table
+from s24jax.sweep import draw, run_sweep, table
 from s24jax.train import train
 
 
@@ -101,6 +101,25 @@ def test_results_are_drawn_anew(finished, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines() == [str(tmp_path / name) for name in names]
     assert (tmp_path / "table.md").read_bytes() == (workdir / "table.md").read_bytes()
+
+
+def test_files_of_results_in_one_folder_keep_each_its_own(finished, tmp_path):
+    workdir, _ = finished
+    for name in ("results.json", "again.json"):
+        (tmp_path / name).write_bytes((workdir / "results.json").read_bytes())
+    beside = draw(tmp_path / "results.json")
+    apart = draw(tmp_path / "again.json")
+    assert beside[0] == tmp_path / "table.md"
+    assert [path.relative_to(tmp_path / "again") for path in apart] == [
+        path.relative_to(tmp_path) for path in beside
+    ]
+
+
+def test_a_file_of_results_is_called_json(tmp_path):
+    with pytest.raises(InvalidInput) as error:
+        run_sweep(ablation.get_config("smoke"), tmp_path / "runs", results=tmp_path / "again")
+    assert str(error.value) == f"results {tmp_path}/again must end in .json; rename the file"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_processes_share_a_sweep(tmp_path):
