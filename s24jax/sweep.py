@@ -57,7 +57,7 @@ def run_sweep(sweep, workdir, *, results=None, only: Sequence[str] = ()) -> list
     """
     workdir = pathlib.Path(workdir)
     results = pathlib.Path(results or workdir / RESULTS)
-    drawing_folder(results)
+    drawing_folder(results)  # refuses a name before a row runs for nothing
     configs = row_configs(sweep)
     for name in only:
         if name not in configs:
